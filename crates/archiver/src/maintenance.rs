@@ -1,0 +1,49 @@
+//! Keeps the database in shape: partitions ahead, finished rows swept.
+
+use std::{sync::Arc, time::Duration};
+
+use bus_core::{
+    clock::Clock,
+    launcher::{BoxError, Heartbeat},
+    pg::{self, StoreError},
+    telemetry::Chain,
+};
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::MaintenanceConfig;
+
+/// Between two rounds.
+pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
+
+/// Rows swept in one statement.
+const SWEEP: u32 = 5_000;
+
+pub(crate) async fn run(
+    pool: PgPool,
+    config: MaintenanceConfig,
+    clock: Arc<dyn Clock>,
+    beat: Heartbeat,
+    stop: CancellationToken,
+) -> Result<(), BoxError> {
+    while !stop.is_cancelled() {
+        beat.beat();
+        match round(&pool, &config, clock.as_ref()).await {
+            // As much as one statement takes: there is more.
+            Ok(swept) if swept >= u64::from(SWEEP) => continue,
+            Ok(_) => {}
+            Err(failed) => warn!(error = %Chain(&failed), "Maintenance put off"),
+        }
+        stop.run_until_cancelled(tokio::time::sleep(INTERVAL)).await;
+    }
+    Ok(())
+}
+
+async fn round(pool: &PgPool, config: &MaintenanceConfig, clock: &dyn Clock) -> Result<u64, StoreError> {
+    let created = pg::create_partitions(pool, clock.now(), config.partitions_ahead_days).await?;
+    if created > 0 {
+        info!(partitions = created, "Created partitions ahead");
+    }
+    pg::sweep_outbox(pool, Duration::from_secs(config.outbox_keep_s), SWEEP).await
+}

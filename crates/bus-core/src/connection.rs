@@ -1,0 +1,84 @@
+//! Connections: the identities that publish events and receive them.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use url::Url;
+
+use crate::{
+    ids::{ConnectionId, OrganizationId},
+    signature::SigningSecret,
+};
+
+/// The longest exchange with an endpoint that a connection may ask for. The table's CHECK repeats it, and
+/// the worker's deadlines are checked against it when it starts.
+pub const MAX_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How an event is laid out in a webhook request (CloudEvents HTTP binding §3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ContentMode {
+    /// The whole event is the body, as `application/cloudevents+json`.
+    #[default]
+    Structured,
+    /// The payload is the body, the attributes are `ce-` headers.
+    Binary,
+}
+
+/// What a connection can do besides publishing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// Receives nothing; an identity to publish under.
+    Publisher,
+    /// Receives signed HTTP requests.
+    Webhook(Box<Webhook>),
+}
+
+/// A signed HTTP endpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Webhook {
+    /// `http` or `https`, with a host, without user information or fragment.
+    pub url: Url,
+    /// Sent with each request in addition to the bus's own.
+    pub headers: BTreeMap<String, String>,
+    /// For the whole exchange, from the connection attempt to the last byte of the answer; 1–30 s.
+    pub timeout: Duration,
+    /// How the event is laid out.
+    pub content_mode: ContentMode,
+    /// Signs every request.
+    pub secret: SigningSecret,
+    /// Signs too until the given time, so that a subscriber can rotate.
+    pub previous_secret: Option<(SigningSecret, Timestamp)>,
+}
+
+impl Webhook {
+    /// The secrets that sign a request made at `at`.
+    pub fn active_secrets(&self, at: Timestamp) -> Vec<&SigningSecret> {
+        let previous = self.previous_secret.as_ref().filter(|(_, until)| at < *until);
+        std::iter::once(&self.secret).chain(previous.map(|(secret, _)| secret)).collect()
+    }
+}
+
+/// A connection, as stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Connection {
+    /// Its id.
+    pub id: ConnectionId,
+    /// Whose it is.
+    pub organization: OrganizationId,
+    /// Unique within the organization.
+    pub name: String,
+    /// Counts the changes; a delivery carries the version it was matched with.
+    pub version: i64,
+    /// Nothing is delivered while this is false.
+    pub enabled: bool,
+    /// Why it is not enabled.
+    pub disabled_reason: Option<String>,
+    /// Where it receives.
+    pub target: Target,
+    /// When it was created.
+    pub created_at: Timestamp,
+    /// When it was last changed.
+    pub updated_at: Timestamp,
+}

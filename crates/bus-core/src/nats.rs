@@ -1,0 +1,330 @@
+//! The connection to NATS, the names of our streams and subjects, and the streams' configuration.
+
+use std::{sync::Arc, time::Duration};
+
+use async_nats::{
+    Client, ConnectOptions, Event,
+    jetstream::{
+        Context,
+        consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
+        context::ContextBuilder,
+        stream::{Config as StreamConfig, DiscardPolicy, RetentionPolicy, StorageType},
+    },
+};
+use secrecy::ExposeSecret as _;
+use tokio::sync::watch;
+use tracing::{debug, info, warn};
+
+use crate::{
+    config::NatsConfig,
+    ids::{ConnectionId, OrganizationId},
+};
+
+/// The oldest server that does what we rely on; an older one ignores fields that it does not know
+/// instead of refusing them.
+const MIN_SERVER: (i64, i64, i64) = (2, 12, 0);
+
+/// JetStream publishes that wait for their acknowledgement at one time, per process.
+const MAX_ACKS_IN_FLIGHT: usize = 4_000;
+
+/// How long one JetStream publish may wait for its acknowledgement.
+pub const PUBLISH_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What went wrong with the broker.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NatsError {
+    /// The server cannot be used, and waiting will not help.
+    #[error("nats-server is {found}, needs at least {}.{}.{}", MIN_SERVER.0, MIN_SERVER.1, MIN_SERVER.2)]
+    TooOld {
+        /// What it says it is.
+        found: String,
+    },
+    /// The URL or the credentials cannot be read.
+    #[error("{operation}")]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A call failed.
+    #[error("{operation}")]
+    Call {
+        /// What was being done.
+        operation: &'static str,
+        /// Why it failed.
+        #[source]
+        source: async_nats::Error,
+    },
+}
+
+/// Adds the operation's name to an error of async-nats.
+pub(crate) trait During<T> {
+    fn during(self, operation: &'static str) -> Result<T, NatsError>;
+}
+
+impl<T, E: Into<async_nats::Error>> During<T> for Result<T, E> {
+    fn during(self, operation: &'static str) -> Result<T, NatsError> {
+        self.map_err(|source| NatsError::Call { operation, source: source.into() })
+    }
+}
+
+/// A connection that heals by itself. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Nats {
+    /// Core NATS.
+    pub client: Client,
+    /// JetStream.
+    pub jetstream: Context,
+    /// The names of everything that is ours.
+    pub names: Names,
+    /// The settings of streams and consumers.
+    pub config: Arc<NatsConfig>,
+    /// Counts the connections that were made and the hints that may have been lost; 0 before the
+    /// first. Whoever relies on core messages starts afresh when it changes.
+    epoch: watch::Receiver<u64>,
+    connected: watch::Receiver<bool>,
+}
+
+impl Nats {
+    /// Starts connecting and returns at once: a broker that is away delays readiness and nothing else.
+    pub async fn connect(config: &NatsConfig, prefix: &str, role: &'static str) -> Result<Self, NatsError> {
+        let (epochs, epoch) = watch::channel(0);
+        let (up, connected) = watch::channel(false);
+        let mut options = ConnectOptions::new()
+            .name(role)
+            .retry_on_initial_connect()
+            .connection_timeout(Duration::from_secs(5))
+            .ping_interval(Duration::from_secs(10))
+            .reconnect_delay_callback(|attempt| {
+                Duration::from_millis(50 << attempt.min(6)).min(Duration::from_secs(2))
+            })
+            .event_callback(move |event| {
+                let (epochs, up) = (epochs.clone(), up.clone());
+                async move {
+                    match event {
+                        Event::Connected => {
+                            info!("Connected to NATS");
+                            epochs.send_modify(|epoch| *epoch += 1);
+                            up.send_replace(true);
+                        }
+                        Event::Disconnected => {
+                            warn!("Disconnected from NATS");
+                            up.send_replace(false);
+                        }
+                        Event::SlowConsumer(_) => {
+                            warn!("A NATS subscription fell behind; what it may have missed is read afresh");
+                            epochs.send_modify(|epoch| *epoch += 1);
+                        }
+                        other => debug!(event = %other, "NATS event"),
+                    }
+                }
+            });
+        if let Some(path) = &config.credentials_file {
+            options = options
+                .credentials_file(path)
+                .await
+                .map_err(|source| NatsError::Io { operation: "read nats.credentials_file", source })?;
+        }
+        let url = config.url.as_ref().map(|url| url.expose_secret().to_owned()).unwrap_or_default();
+        let servers: Vec<_> = url.split(',').map(str::trim).collect();
+        let client = options.connect(servers).await.during("connect to NATS")?;
+        let jetstream = ContextBuilder::new()
+            .timeout(Duration::from_secs(5))
+            .ack_timeout(PUBLISH_TIMEOUT)
+            .max_ack_inflight(MAX_ACKS_IN_FLIGHT)
+            .backpressure_on_inflight(true)
+            .build(client.clone());
+        Ok(Self {
+            client,
+            jetstream,
+            names: Names::new(prefix),
+            config: Arc::new(config.clone()),
+            epoch,
+            connected,
+        })
+    }
+
+    /// Waits until there is a connection, then makes sure that the server is new enough and that our
+    /// streams exist. Safe to call from any number of processes at a time.
+    pub async fn prepare(&self, lanes: u16) -> Result<(), NatsError> {
+        let mut connected = self.connected.clone();
+        // The sender lives in the client's event task, as long as `self.client`.
+        connected.wait_for(|connected| *connected).await.during("wait for NATS")?;
+        if !self.client.is_server_compatible(MIN_SERVER.0, MIN_SERVER.1, MIN_SERVER.2) {
+            return Err(NatsError::TooOld { found: self.client.server_info().version });
+        }
+        for stream in self.streams() {
+            self.jetstream.get_or_create_stream(stream).await.during("create the streams")?;
+        }
+        for lane in 0..lanes {
+            self.lane_consumer(lane).await?;
+        }
+        self.receipt_consumer().await?;
+        Ok(())
+    }
+
+    /// The durable consumer of one lane, created if it is missing.
+    pub async fn lane_consumer(&self, lane: u16) -> Result<PullConsumer, NatsError> {
+        let name = format!("lane-{lane}");
+        self.consumer(
+            &self.names.deliver_stream,
+            pull::Config {
+                durable_name: Some(name),
+                filter_subject: self.names.lane(lane),
+                ack_wait: Duration::from_millis(self.config.ack_wait_ms),
+                max_ack_pending: self.config.max_ack_pending,
+                ..consumer_defaults()
+            },
+        )
+        .await
+    }
+
+    /// The durable consumer through which the archivers share the receipts.
+    pub async fn receipt_consumer(&self) -> Result<PullConsumer, NatsError> {
+        self.consumer(
+            &self.names.audit_stream,
+            pull::Config {
+                durable_name: Some("history".to_owned()),
+                filter_subject: self.names.receipts(),
+                ack_wait: Duration::from_secs(60),
+                max_ack_pending: 100_000,
+                ..consumer_defaults()
+            },
+        )
+        .await
+    }
+
+    async fn consumer(&self, stream: &str, config: pull::Config) -> Result<PullConsumer, NatsError> {
+        self.jetstream.create_consumer_on_stream(config, stream).await.during("create a consumer")
+    }
+
+    fn streams(&self) -> [StreamConfig; 3] {
+        let common = StreamConfig {
+            storage: StorageType::File,
+            num_replicas: self.config.replicas,
+            duplicate_window: Duration::from_secs(self.config.duplicate_window_s),
+            ..StreamConfig::default()
+        };
+        let week = Duration::from_secs(7 * 86_400);
+        [
+            StreamConfig {
+                name: self.names.deliver_stream.clone(),
+                subjects: vec![format!("{}.deliver.>", self.names.prefix)],
+                retention: RetentionPolicy::WorkQueue,
+                // A full stream refuses, and the fan-out waits in the outbox; nothing is pushed out.
+                discard: DiscardPolicy::New,
+                max_bytes: self.config.max_stream_bytes,
+                ..common.clone()
+            },
+            StreamConfig {
+                name: self.names.dead_stream.clone(),
+                subjects: vec![format!("{}.dead.>", self.names.prefix)],
+                max_age: week,
+                ..common.clone()
+            },
+            StreamConfig {
+                name: self.names.audit_stream.clone(),
+                subjects: vec![format!("{}.events.audit.>", self.names.prefix)],
+                max_age: week,
+                ..common
+            },
+        ]
+    }
+
+    /// Whether there is a connection now.
+    pub fn is_connected(&self) -> bool {
+        *self.connected.borrow()
+    }
+
+    /// Follows whether there is a connection.
+    pub fn connection(&self) -> watch::Receiver<bool> {
+        self.connected.clone()
+    }
+
+    /// Follows the moments from which core messages may have been missed.
+    pub fn epoch(&self) -> watch::Receiver<u64> {
+        self.epoch.clone()
+    }
+
+    /// Sends what is buffered (the last acknowledgements), for at most two seconds.
+    pub async fn flush(&self) {
+        if self.is_connected() && tokio::time::timeout(Duration::from_secs(2), self.client.flush()).await.is_err()
+        {
+            warn!("The last messages to NATS may not have been sent");
+        }
+    }
+}
+
+fn consumer_defaults() -> pull::Config {
+    pull::Config {
+        deliver_policy: DeliverPolicy::All,
+        ack_policy: AckPolicy::Explicit,
+        // We count attempts ourselves: JetStream has no dead letters, it only stops showing the message.
+        max_deliver: -1,
+        ..pull::Config::default()
+    }
+}
+
+/// The names of streams and subjects of one deployment.
+#[derive(Debug, Clone)]
+pub struct Names {
+    /// The first token of every subject.
+    pub prefix: Arc<str>,
+    /// The work queue.
+    pub deliver_stream: String,
+    /// Dead letters.
+    pub dead_stream: String,
+    /// Receipts and audit records.
+    pub audit_stream: String,
+}
+
+impl Names {
+    /// The names under `prefix`.
+    pub fn new(prefix: &str) -> Self {
+        let upper = prefix.to_ascii_uppercase();
+        Self {
+            prefix: prefix.into(),
+            deliver_stream: format!("{upper}_DELIVER"),
+            dead_stream: format!("{upper}_DEAD"),
+            audit_stream: format!("{upper}_AUDIT"),
+        }
+    }
+
+    /// Everything in one lane.
+    pub fn lane(&self, lane: u16) -> String {
+        format!("{}.deliver.{lane}.>", self.prefix)
+    }
+
+    /// The deliveries of one connection.
+    pub fn deliver(&self, lane: u16, organization: OrganizationId, connection: ConnectionId) -> String {
+        format!("{}.deliver.{lane}.{organization}.{connection}", self.prefix)
+    }
+
+    /// The dead letters of one connection.
+    pub fn dead(&self, organization: OrganizationId, connection: ConnectionId) -> String {
+        format!("{}.dead.events.{organization}.{connection}", self.prefix)
+    }
+
+    /// Messages that could not be read.
+    pub fn malformed(&self) -> String {
+        format!("{}.dead.events.malformed", self.prefix)
+    }
+
+    /// All receipts.
+    pub fn receipts(&self) -> String {
+        format!("{}.events.audit.receipt.>", self.prefix)
+    }
+
+    /// The receipts of one organization.
+    pub fn receipt(&self, organization: OrganizationId) -> String {
+        format!("{}.events.audit.receipt.{organization}", self.prefix)
+    }
+
+    /// Says that a connection changed (core NATS).
+    pub fn wake_connection(&self) -> String {
+        format!("{}.wake.connection", self.prefix)
+    }
+}

@@ -1,0 +1,367 @@
+//! Connections. Each change counts up the connection's own version, which travels with the
+//! deliveries, and the organization's, which matching reads.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use jiff_sqlx::ToSqlx as _;
+use sqlx::{PgPool, types::Json};
+use url::Url;
+use uuid::Uuid;
+
+use super::{
+    During as _, PageRequest, Paged, StoreError,
+    organizations::{bump_organization, lock_organization},
+};
+use crate::{
+    connection::{Connection, ContentMode, Target, Webhook},
+    ids::{ConnectionId, OrganizationId},
+    signature::SigningSecret,
+};
+
+/// A connection that is to be stored.
+#[derive(Debug, Clone)]
+pub struct NewConnection {
+    /// Its id.
+    pub id: ConnectionId,
+    /// Whose it is.
+    pub organization: OrganizationId,
+    /// Unique within the organization.
+    pub name: String,
+    /// Whether anything is delivered.
+    pub enabled: bool,
+    /// Where it receives.
+    pub target: Target,
+}
+
+/// What [`create_connection`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CreateConnection {
+    /// It is there now.
+    Created(Box<Connection>),
+    /// The organization has another one of that name.
+    NameTaken,
+}
+
+/// What [`change_connection`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChangeConnection<E> {
+    /// It is stored as it shall be; the version tells whether that needed a change.
+    Stored(Box<Connection>),
+    /// The organization has no such connection.
+    NotFound,
+    /// The organization has another one of that name.
+    NameTaken,
+    /// The caller's function refused; nothing changed.
+    Refused(E),
+}
+
+#[derive(sqlx::FromRow)]
+struct ConnectionRow {
+    id: Uuid,
+    organization_id: Uuid,
+    name: String,
+    kind: String,
+    version: i64,
+    enabled: bool,
+    disabled_reason: Option<String>,
+    url: Option<String>,
+    headers: Json<BTreeMap<String, String>>,
+    timeout_ms: i32,
+    content_mode: String,
+    secret: Option<String>,
+    previous_secret: Option<String>,
+    previous_secret_until: Option<jiff_sqlx::Timestamp>,
+    created_at: jiff_sqlx::Timestamp,
+    updated_at: jiff_sqlx::Timestamp,
+}
+
+macro_rules! columns {
+    () => {
+        "id, organization_id, name, kind, version, enabled, disabled_reason, url, headers, timeout_ms, \
+         content_mode, secret, previous_secret, previous_secret_until, created_at, updated_at"
+    };
+}
+
+impl TryFrom<ConnectionRow> for Connection {
+    type Error = StoreError;
+
+    fn try_from(row: ConnectionRow) -> Result<Self, StoreError> {
+        // The problem names the column only: values may be secret.
+        let unfit = |column: &str| StoreError::Inconsistent {
+            table: "connections",
+            id: row.id.to_string(),
+            problem: format!("{column} does not fit"),
+        };
+        let target = match row.kind.as_str() {
+            "publisher" => Target::Publisher,
+            "webhook" => {
+                let secret = |text: &str, column| SigningSecret::parse(text).map_err(|_| unfit(column));
+                Target::Webhook(Box::new(Webhook {
+                    url: row
+                        .url
+                        .as_deref()
+                        .and_then(|url| Url::parse(url).ok())
+                        .ok_or_else(|| unfit("url"))?,
+                    headers: row.headers.0.clone(),
+                    timeout: Duration::from_millis(
+                        u64::try_from(row.timeout_ms).map_err(|_| unfit("timeout_ms"))?,
+                    ),
+                    content_mode: match row.content_mode.as_str() {
+                        "structured" => ContentMode::Structured,
+                        "binary" => ContentMode::Binary,
+                        _ => return Err(unfit("content_mode")),
+                    },
+                    secret: secret(row.secret.as_deref().unwrap_or_default(), "secret")?,
+                    previous_secret: match (&row.previous_secret, row.previous_secret_until) {
+                        (Some(text), Some(until)) => {
+                            Some((secret(text, "previous_secret")?, until.to_jiff()))
+                        }
+                        _ => None,
+                    },
+                }))
+            }
+            _ => return Err(unfit("kind")),
+        };
+        Ok(Self {
+            id: ConnectionId(row.id),
+            organization: OrganizationId(row.organization_id),
+            version: row.version,
+            enabled: row.enabled,
+            target,
+            created_at: row.created_at.to_jiff(),
+            updated_at: row.updated_at.to_jiff(),
+            name: row.name,
+            disabled_reason: row.disabled_reason,
+        })
+    }
+}
+
+/// The columns that hold a [`Target`].
+struct TargetColumns {
+    kind: &'static str,
+    url: Option<String>,
+    headers: Json<BTreeMap<String, String>>,
+    timeout_ms: i32,
+    content_mode: &'static str,
+    secret: Option<String>,
+    previous_secret: Option<String>,
+    previous_secret_until: Option<jiff_sqlx::Timestamp>,
+}
+
+impl From<&Target> for TargetColumns {
+    fn from(target: &Target) -> Self {
+        let mut columns = Self {
+            kind: "publisher",
+            url: None,
+            headers: Json(BTreeMap::new()),
+            timeout_ms: 15_000,
+            content_mode: "structured",
+            secret: None,
+            previous_secret: None,
+            previous_secret_until: None,
+        };
+        if let Target::Webhook(webhook) = target {
+            let previous = webhook.previous_secret.as_ref();
+            columns.kind = "webhook";
+            columns.url = Some(webhook.url.to_string());
+            columns.headers = Json(webhook.headers.clone());
+            // The table's CHECK refuses what is out of range, so saturation hides nothing.
+            columns.timeout_ms = i32::try_from(webhook.timeout.as_millis()).unwrap_or(i32::MAX);
+            columns.content_mode = match webhook.content_mode {
+                ContentMode::Structured => "structured",
+                ContentMode::Binary => "binary",
+            };
+            columns.secret = Some(webhook.secret.expose());
+            columns.previous_secret = previous.map(|(secret, _)| secret.expose());
+            columns.previous_secret_until = previous.map(|(_, until)| until.to_sqlx());
+        }
+        columns
+    }
+}
+
+/// Stores a connection.
+pub async fn create_connection(pool: &PgPool, new: NewConnection) -> Result<CreateConnection, StoreError> {
+    let target = TargetColumns::from(&new.target);
+    let mut transaction = pool.begin().await.during("begin to create a connection")?;
+    lock_organization(&mut transaction, new.organization).await?;
+    let row: Option<ConnectionRow> = sqlx::query_as(concat!(
+        "INSERT INTO connections (id, organization_id, name, kind, enabled, url, headers, timeout_ms,
+                content_mode, secret)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+         ON CONFLICT (organization_id, name) WHERE deleted_at IS NULL DO NOTHING
+         RETURNING ",
+        columns!()
+    ))
+    .bind(new.id.0)
+    .bind(new.organization.0)
+    .bind(new.name)
+    .bind(target.kind)
+    .bind(new.enabled)
+    .bind(target.url)
+    .bind(target.headers)
+    .bind(target.timeout_ms)
+    .bind(target.content_mode)
+    .bind(target.secret)
+    .fetch_optional(&mut *transaction)
+    .await
+    .during("create a connection")?;
+    let Some(row) = row else { return Ok(CreateConnection::NameTaken) };
+    bump_organization(&mut transaction, new.organization).await?;
+    transaction.commit().await.during("commit a new connection")?;
+    Ok(CreateConnection::Created(Box::new(row.try_into()?)))
+}
+
+/// The connection of that id.
+pub async fn connection(
+    pool: &PgPool,
+    organization: OrganizationId,
+    id: ConnectionId,
+) -> Result<Option<Connection>, StoreError> {
+    let row: Option<ConnectionRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM connections WHERE id = $1 AND organization_id = $2 AND deleted_at IS NULL"
+    ))
+    .bind(id.0)
+    .bind(organization.0)
+    .fetch_optional(pool)
+    .await
+    .during("read a connection")?;
+    row.map(Connection::try_from).transpose()
+}
+
+/// The connections of an organization, oldest first; `only` leaves out all others.
+pub async fn connections(
+    pool: &PgPool,
+    organization: OrganizationId,
+    only: Option<ConnectionId>,
+    page: PageRequest,
+) -> Result<Paged<Connection>, StoreError> {
+    let rows: Vec<ConnectionRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM connections
+          WHERE organization_id = $1 AND id > $2 AND ($4::uuid IS NULL OR id = $4) AND deleted_at IS NULL
+          ORDER BY id LIMIT $3"
+    ))
+    .bind(organization.0)
+    .bind(page.bound())
+    .bind(page.rows())
+    .bind(only.map(|id| id.0))
+    .fetch_all(pool)
+    .await
+    .during("list connections")?;
+    let items = rows.into_iter().map(Connection::try_from).collect::<Result<_, _>>()?;
+    Ok(Paged::cut(items, page, |item: &Connection| item.id.0))
+}
+
+/// Changes a connection: `change` gets it as it is, with all other writers shut out, and says what it
+/// shall be. What `change` does to ids, version and times is ignored; what changes nothing is not
+/// written and not counted.
+pub async fn change_connection<E>(
+    pool: &PgPool,
+    organization: OrganizationId,
+    id: ConnectionId,
+    change: impl FnOnce(Connection) -> Result<Connection, E>,
+) -> Result<ChangeConnection<E>, StoreError> {
+    let mut transaction = pool.begin().await.during("begin to change a connection")?;
+    lock_organization(&mut transaction, organization).await?;
+    let row: Option<ConnectionRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM connections WHERE id = $1 AND organization_id = $2 AND deleted_at IS NULL FOR UPDATE"
+    ))
+    .bind(id.0)
+    .bind(organization.0)
+    .fetch_optional(&mut *transaction)
+    .await
+    .during("read a connection that is to change")?;
+    let Some(row) = row else { return Ok(ChangeConnection::NotFound) };
+    let before = Connection::try_from(row)?;
+    let after = match change(before.clone()) {
+        Ok(after) => after,
+        Err(refused) => return Ok(ChangeConnection::Refused(refused)),
+    };
+    if after == before {
+        return Ok(ChangeConnection::Stored(Box::new(before)));
+    }
+    let target = TargetColumns::from(&after.target);
+    let written: Result<ConnectionRow, StoreError> = sqlx::query_as(concat!(
+        "UPDATE connections
+            SET name = $3, kind = $4, enabled = $5, disabled_reason = $6, url = $7, headers = $8,
+                timeout_ms = $9, content_mode = $10, secret = $11, previous_secret = $12,
+                previous_secret_until = $13, version = version + 1, updated_at = now()
+          WHERE id = $1 AND organization_id = $2
+          RETURNING ",
+        columns!()
+    ))
+    .bind(id.0)
+    .bind(organization.0)
+    .bind(after.name)
+    .bind(target.kind)
+    .bind(after.enabled)
+    .bind(after.disabled_reason)
+    .bind(target.url)
+    .bind(target.headers)
+    .bind(target.timeout_ms)
+    .bind(target.content_mode)
+    .bind(target.secret)
+    .bind(target.previous_secret)
+    .bind(target.previous_secret_until)
+    .fetch_one(&mut *transaction)
+    .await
+    .during("change a connection");
+    let row = match written {
+        Err(error) if error.constraint() == Some("connections_name") => {
+            return Ok(ChangeConnection::NameTaken);
+        }
+        other => other?,
+    };
+    bump_organization(&mut transaction, organization).await?;
+    transaction.commit().await.during("commit a changed connection")?;
+    Ok(ChangeConnection::Stored(Box::new(row.try_into()?)))
+}
+
+/// Deletes a connection with its subscriptions, and revokes the keys that are bound to it. The rows
+/// stay, so that history can name them. False if the organization has no such connection.
+pub async fn delete_connection(
+    pool: &PgPool,
+    organization: OrganizationId,
+    id: ConnectionId,
+) -> Result<bool, StoreError> {
+    let mut transaction = pool.begin().await.during("begin to delete a connection")?;
+    lock_organization(&mut transaction, organization).await?;
+    let deleted = sqlx::query(
+        "UPDATE connections
+            SET deleted_at = now(), updated_at = now(), version = version + 1, enabled = false
+          WHERE id = $1 AND organization_id = $2 AND deleted_at IS NULL",
+    )
+    .bind(id.0)
+    .bind(organization.0)
+    .execute(&mut *transaction)
+    .await
+    .during("delete a connection")?;
+    if deleted.rows_affected() == 0 {
+        return Ok(false);
+    }
+    sqlx::query(
+        "UPDATE subscriptions SET deleted_at = now(), updated_at = now()
+          WHERE connection_id = $1 AND deleted_at IS NULL",
+    )
+    .bind(id.0)
+    .execute(&mut *transaction)
+    .await
+    .during("delete the subscriptions of a connection")?;
+    sqlx::query(
+        "UPDATE api_keys SET revoked_at = now()
+          WHERE organization_id = $1 AND connection_id = $2 AND revoked_at IS NULL",
+    )
+    .bind(organization.0)
+    .bind(id.0)
+    .execute(&mut *transaction)
+    .await
+    .during("revoke the keys of a connection")?;
+    bump_organization(&mut transaction, organization).await?;
+    transaction.commit().await.during("commit a deleted connection")?;
+    Ok(true)
+}

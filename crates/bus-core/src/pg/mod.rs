@@ -1,0 +1,164 @@
+//! Postgres: the pool, the migrations, and one module per group of statements.
+//!
+//! "Due" and "expired" are always the database's time (`now()` in SQL), never a process's: the
+//! clocks of two machines may disagree, and only the database's is shared.
+
+mod connections;
+mod deliveries;
+mod events;
+mod history;
+mod keys;
+mod organizations;
+mod outbox;
+mod partitions;
+mod publish;
+mod snapshot;
+mod subscriptions;
+
+use std::time::Duration;
+
+use sqlx::{
+    PgPool, Postgres, Transaction,
+    pool::PoolConnection,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+
+pub use self::{
+    connections::*, deliveries::*, events::*, history::*, keys::*, organizations::*, outbox::*, partitions::*,
+    publish::*, snapshot::*, subscriptions::*,
+};
+use crate::config::PostgresConfig;
+
+/// Every migration, embedded. Add-only: a file that has been released is never edited.
+pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
+
+/// What went wrong in the database.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The statement failed, or the database is away.
+    #[error("{operation}")]
+    Database {
+        /// What was being done.
+        operation: &'static str,
+        /// Why it failed.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// A stored row does not fit its type; somebody wrote around the program.
+    #[error("{table} {id}: {problem}")]
+    Inconsistent {
+        /// The table.
+        table: &'static str,
+        /// The row.
+        id: String,
+        /// What does not fit.
+        problem: String,
+    },
+    /// The database's schema is not the one that this program was built for.
+    #[error("the database schema is at version {found:?}, this program needs {needed}: run `cargo xtask migrate run`")]
+    Schema {
+        /// The newest applied migration.
+        found: Option<i64>,
+        /// The newest embedded migration.
+        needed: i64,
+    },
+}
+
+impl StoreError {
+    /// Whether the database refused for want of a connection or because it is shutting down, so that
+    /// the same call may succeed later.
+    pub fn is_unavailable(&self) -> bool {
+        let Self::Database { source, .. } = self else { return false };
+        match source {
+            sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::WorkerCrashed
+            | sqlx::Error::Protocol(_) => true,
+            // 08: connection exception, 53: insufficient resources, 57: operator intervention,
+            // 40: transaction rollback (serialization, deadlock)
+            sqlx::Error::Database(error) => error
+                .code()
+                .is_some_and(|code| ["08", "53", "57", "40"].iter().any(|class| code.starts_with(class))),
+            _ => false,
+        }
+    }
+
+    /// Whether the database broke the transaction off for the sake of another one (40001 serialization
+    /// failure, 40P01 deadlock), so that the same transaction may succeed at once.
+    pub fn is_conflict(&self) -> bool {
+        match self {
+            Self::Database { source: sqlx::Error::Database(error), .. } => {
+                error.code().is_some_and(|code| code == "40001" || code == "40P01")
+            }
+            _ => false,
+        }
+    }
+
+    /// The name of the violated constraint, if one was.
+    pub fn constraint(&self) -> Option<&str> {
+        match self {
+            Self::Database { source: sqlx::Error::Database(error), .. } => error.constraint(),
+            _ => None,
+        }
+    }
+}
+
+/// Adds the operation's name to an error of sqlx.
+pub(crate) trait During<T> {
+    fn during(self, operation: &'static str) -> Result<T, StoreError>;
+}
+
+impl<T> During<T> for Result<T, sqlx::Error> {
+    fn during(self, operation: &'static str) -> Result<T, StoreError> {
+        self.map_err(|source| StoreError::Database { operation, source })
+    }
+}
+
+/// Makes the pool. It connects when first used, so that a database that is away delays readiness
+/// and nothing else.
+pub fn pool(config: &PostgresConfig, role: &'static str) -> Result<PgPool, StoreError> {
+    use secrecy::ExposeSecret as _;
+    let options: PgConnectOptions =
+        config.url.expose_secret().parse().during("read the database URL")?;
+    let options = options
+        .application_name(role)
+        .options([("statement_timeout", format!("{}ms", config.statement_timeout_ms))])
+        .statement_cache_capacity(256);
+    Ok(PgPoolOptions::new()
+        .max_connections(config.max_connections)
+        .acquire_timeout(Duration::from_millis(config.acquire_timeout_ms))
+        .max_lifetime(Duration::from_secs(1_800))
+        .connect_lazy_with(options))
+}
+
+/// A connection of the pool, for several statements in a row.
+pub async fn acquire(pool: &PgPool) -> Result<PoolConnection<Postgres>, StoreError> {
+    pool.acquire().await.during("get a database connection")
+}
+
+/// A transaction; rolled back when dropped without a commit.
+pub async fn begin(pool: &PgPool) -> Result<Transaction<'static, Postgres>, StoreError> {
+    pool.begin().await.during("begin a transaction")
+}
+
+/// Commits. After an error it is not known whether the transaction took place.
+pub async fn commit(transaction: Transaction<'static, Postgres>) -> Result<(), StoreError> {
+    transaction.commit().await.during("commit a transaction")
+}
+
+/// Checks that every embedded migration has been applied. A newer database is accepted: migrations
+/// only add (expand, then contract), so an older program runs beside a newer one.
+pub async fn check_schema(pool: &PgPool) -> Result<(), StoreError> {
+    let needed = MIGRATOR.iter().map(|migration| migration.version).max().unwrap_or(0);
+    let applied: Result<Option<i64>, sqlx::Error> =
+        sqlx::query_scalar("SELECT max(version) FROM _sqlx_migrations WHERE success").fetch_one(pool).await;
+    let found = match applied {
+        // 42P01: undefined_table, a database that was never migrated
+        Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => None,
+        other => other.during("read the schema version")?,
+    };
+    if found.is_some_and(|found| found >= needed) { Ok(()) } else { Err(StoreError::Schema { found, needed }) }
+}

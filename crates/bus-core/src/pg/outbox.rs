@@ -1,0 +1,168 @@
+//! The outbox: which fan-outs are not finished yet.
+//!
+//! A row is held under a lease. Whoever inserted it fans it out; if that process dies or cannot reach
+//! the broker, the lease ends and any replica's relay takes the row over.
+
+use std::{collections::HashMap, time::Duration};
+
+use bytes::Bytes;
+use sqlx::{PgPool, Row as _};
+use uuid::Uuid;
+
+use super::{During as _, StoreError, publish::seconds};
+use crate::{
+    delivery::DeliveryKey,
+    ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, OutboxId, SubscriptionId},
+};
+
+/// An unfinished fan-out that this process now holds.
+#[derive(Debug, Clone)]
+pub struct Unfinished {
+    /// The row.
+    pub id: OutboxId,
+    /// Its events.
+    pub events: Vec<EventUid>,
+}
+
+/// Takes over at most `limit` rows whose holder did not finish in time, oldest first.
+pub async fn take_over(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Unfinished>, StoreError> {
+    const OPERATION: &str = "take over unfinished outbox rows";
+    let rows = sqlx::query(
+        "UPDATE outbox SET lease_until = now() + make_interval(secs => $2)
+         WHERE id IN (
+             SELECT id FROM outbox
+             WHERE finished_at IS NULL AND lease_until <= now()
+             ORDER BY lease_until
+             LIMIT $1
+             FOR UPDATE SKIP LOCKED
+         )
+         RETURNING id, event_uids",
+    )
+    .bind(i64::from(limit))
+    .bind(seconds(lease_s))
+    .fetch_all(pool)
+    .await
+    .during(OPERATION)?;
+    rows.iter()
+        .map(|row| {
+            let events: Vec<Uuid> = row.try_get("event_uids")?;
+            Ok(Unfinished {
+                id: OutboxId(row.try_get("id")?),
+                events: events.into_iter().map(EventUid).collect(),
+            })
+        })
+        .collect::<Result<_, _>>()
+        .during(OPERATION)
+}
+
+/// Marks rows as finished: every one of their deliveries is safely in the queue.
+pub async fn finish_outbox(pool: &PgPool, rows: &[OutboxId]) -> Result<(), StoreError> {
+    let rows: Vec<Uuid> = rows.iter().map(|id| id.0).collect();
+    sqlx::query("UPDATE outbox SET finished_at = now() WHERE id = ANY($1) AND finished_at IS NULL")
+        .bind(rows)
+        .execute(pool)
+        .await
+        .during("finish outbox rows")?;
+    Ok(())
+}
+
+/// Removes at most `limit` rows that were finished longer ago than `keep`, and as many expired
+/// deduplication keys. Returns how many of both.
+pub async fn sweep_outbox(pool: &PgPool, keep: Duration, limit: u32) -> Result<u64, StoreError> {
+    const OPERATION: &str = "sweep the outbox";
+    let rows = sqlx::query(
+        "DELETE FROM outbox WHERE id IN (
+             SELECT id FROM outbox WHERE finished_at < now() - make_interval(secs => $1)
+             LIMIT $2 FOR UPDATE SKIP LOCKED)",
+    )
+    .bind(keep.as_secs_f64())
+    .bind(i64::from(limit))
+    .execute(pool)
+    .await
+    .during(OPERATION)?;
+    let keys = sqlx::query(
+        "DELETE FROM event_keys WHERE (organization_id, key) IN (
+             SELECT organization_id, key FROM event_keys WHERE expires_at < now()
+             LIMIT $1 FOR UPDATE SKIP LOCKED)",
+    )
+    .bind(i64::from(limit))
+    .execute(pool)
+    .await
+    .during(OPERATION)?;
+    Ok(rows.rows_affected() + keys.rows_affected())
+}
+
+/// The age of the oldest unfinished fan-out, seconds; 0 if there is none.
+pub async fn outbox_age(pool: &PgPool) -> Result<f64, StoreError> {
+    sqlx::query_scalar(
+        "SELECT coalesce(extract(epoch FROM now() - min(created_at)), 0)::float8 FROM outbox WHERE finished_at IS NULL",
+    )
+    .fetch_one(pool)
+    .await
+    .during("read the outbox's age")
+}
+
+/// An event read again for its fan-out.
+#[derive(Debug, Clone)]
+pub struct StoredFanOut {
+    /// The event's bytes.
+    pub body: Bytes,
+    /// Its deliveries.
+    pub deliveries: Vec<DeliveryKey>,
+}
+
+/// The deliveries of stored events, from the subscriptions that matched when they were published. A
+/// subscription that was deleted since is still among them.
+pub async fn load_fan_out(pool: &PgPool, events: &[EventUid]) -> Result<Vec<StoredFanOut>, StoreError> {
+    const OPERATION: &str = "read a fan-out";
+    let uids: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
+    let events = sqlx::query("SELECT uid, organization_id, subscriptions, body FROM events WHERE uid = ANY($1) ORDER BY uid")
+        .bind(&uids)
+        .fetch_all(pool)
+        .await
+        .during(OPERATION)?;
+    let targets = sqlx::query(
+        "SELECT DISTINCT s.id, s.connection_id, c.version
+         FROM events e
+         CROSS JOIN LATERAL UNNEST(e.subscriptions) AS m (id)
+         JOIN subscriptions s ON s.id = m.id
+         JOIN connections c ON c.id = s.connection_id
+         WHERE e.uid = ANY($1)",
+    )
+    .bind(&uids)
+    .fetch_all(pool)
+    .await
+    .during(OPERATION)?;
+    let targets: HashMap<Uuid, (Uuid, i64)> = targets
+        .iter()
+        .map(|row| Ok((row.try_get("id")?, (row.try_get("connection_id")?, row.try_get("version")?))))
+        .collect::<Result<_, sqlx::Error>>()
+        .during(OPERATION)?;
+    events.iter().map(|row| fan_out(row, &targets)).collect::<Result<_, _>>().during(OPERATION)
+}
+
+fn fan_out(
+    row: &sqlx::postgres::PgRow,
+    targets: &HashMap<Uuid, (Uuid, i64)>,
+) -> Result<StoredFanOut, sqlx::Error> {
+    let event = EventUid(row.try_get("uid")?);
+    let organization = OrganizationId(row.try_get("organization_id")?);
+    let subscriptions: Vec<Uuid> = row.try_get("subscriptions")?;
+    let body: Vec<u8> = row.try_get("body")?;
+    let deliveries = subscriptions
+        .into_iter()
+        .filter_map(|subscription| {
+            let (connection, connection_version) = *targets.get(&subscription)?;
+            let subscription = SubscriptionId(subscription);
+            Some(DeliveryKey {
+                id: DeliveryId::derive(event, subscription),
+                event,
+                organization,
+                subscription,
+                connection: ConnectionId(connection),
+                connection_version,
+            })
+        })
+        .collect();
+    Ok(StoredFanOut { body: body.into(), deliveries })
+}

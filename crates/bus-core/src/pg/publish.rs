@@ -1,0 +1,350 @@
+//! The statements of the publish transaction.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use sqlx::{PgConnection, Row as _};
+use uuid::Uuid;
+
+use super::{During as _, StoreError};
+use crate::{
+    delivery::DeliveryKey,
+    ids::{ConnectionId, EventUid, KeyId, OrganizationId, OutboxId, SubscriptionId},
+};
+
+/// An event to be stored.
+#[derive(Debug, Clone)]
+pub struct NewEvent {
+    /// The bus's own id.
+    pub uid: EventUid,
+    /// Whose it is.
+    pub organization: OrganizationId,
+    /// The CloudEvents attributes that history is queried by.
+    pub id: String,
+    /// See `id`.
+    pub source: String,
+    /// See `id`.
+    pub r#type: String,
+    /// See `id`.
+    pub subject: Option<String>,
+    /// See `id`.
+    pub time: Timestamp,
+    /// The connection that the publishing key is bound to.
+    pub publisher: Option<ConnectionId>,
+    /// The subscriptions that matched.
+    pub subscriptions: Vec<SubscriptionId>,
+    /// The CloudEvent in the JSON event format.
+    pub body: Bytes,
+}
+
+/// Something that may be published only once within a window.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct UniqueKey {
+    /// Whose it is.
+    pub organization: OrganizationId,
+    /// The key; see the table `event_keys`.
+    pub key: String,
+}
+
+impl UniqueKey {
+    /// The identity of an event: source and id together (CloudEvents 1.0, "id").
+    pub fn event(organization: OrganizationId, source: &str, id: &str) -> Self {
+        Self { organization, key: format!("e{source}\u{1f}{id}") }
+    }
+
+    /// An `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header-07).
+    pub fn idempotency(organization: OrganizationId, key: &str) -> Self {
+        Self { organization, key: format!("i{key}") }
+    }
+}
+
+/// A [`UniqueKey`] and what it stands for.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Claim {
+    /// The key.
+    pub key: UniqueKey,
+    /// The events that it stands for, if it is new.
+    pub events: Vec<EventUid>,
+    /// SHA-256 of the request, for an idempotency key.
+    pub fingerprint: Option<[u8; 32]>,
+}
+
+/// Who had the key before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Taken {
+    /// The events that it stands for.
+    pub events: Vec<EventUid>,
+    /// SHA-256 of the first request, for an idempotency key.
+    pub fingerprint: Option<Vec<u8>>,
+}
+
+/// The version of each key's organization, read in the publish transaction (invariant I2). A key that
+/// is missing in the answer was revoked or has expired.
+pub async fn read_versions(
+    connection: &mut PgConnection,
+    keys: &[KeyId],
+) -> Result<HashMap<KeyId, (OrganizationId, i64)>, StoreError> {
+    const OPERATION: &str = "read the organizations' versions";
+    let keys: Vec<Uuid> = keys.iter().map(|key| key.0).collect();
+    let rows = sqlx::query(
+        "SELECT k.id, o.id AS organization_id, o.version
+         FROM api_keys k JOIN organizations o ON o.id = k.organization_id
+         WHERE k.id = ANY($1) AND k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())",
+    )
+    .bind(keys)
+    .fetch_all(connection)
+    .await
+    .during(OPERATION)?;
+    rows.iter()
+        .map(|row| {
+            let organization: Uuid = row.try_get("organization_id")?;
+            Ok((KeyId(row.try_get("id")?), (organization.into(), row.try_get("version")?)))
+        })
+        .collect::<Result<_, _>>()
+        .during(OPERATION)
+}
+
+/// Claims each key for `window_s` seconds, or finds who had it before. A concurrent transaction that
+/// claims one of the same keys waits for this one's end.
+///
+/// The keys must be distinct. They are claimed in their order, so that two transactions cannot wait for
+/// each other.
+pub async fn claim_keys(
+    connection: &mut PgConnection,
+    claims: &[Claim],
+    window_s: u64,
+) -> Result<HashMap<UniqueKey, Taken>, StoreError> {
+    const OPERATION: &str = "claim deduplication keys";
+    let mut claims: Vec<&Claim> = claims.iter().collect();
+    claims.sort();
+    let organizations: Vec<Uuid> = claims.iter().map(|claim| claim.key.organization.0).collect();
+    let keys: Vec<&str> = claims.iter().map(|claim| claim.key.key.as_str()).collect();
+    let events: Vec<String> = claims.iter().map(|claim| array_literal(claim.events.iter().map(|uid| uid.0))).collect();
+    let fingerprints: Vec<Option<&[u8]>> = claims.iter().map(|claim| claim.fingerprint.as_ref().map(|f| &f[..])).collect();
+    let claimed = sqlx::query(
+        "INSERT INTO event_keys AS k (organization_id, key, event_uids, fingerprint, expires_at)
+         SELECT c.organization_id, c.key, c.event_uids::uuid[], c.fingerprint, now() + make_interval(secs => $5)
+         FROM UNNEST($1::uuid[], $2::text[], $3::text[], $4::bytea[])
+              WITH ORDINALITY AS c (organization_id, key, event_uids, fingerprint, position)
+         ORDER BY c.position
+         ON CONFLICT (organization_id, key) DO UPDATE
+             SET event_uids = excluded.event_uids, fingerprint = excluded.fingerprint, expires_at = excluded.expires_at
+             WHERE k.expires_at <= now()
+         RETURNING organization_id, key",
+    )
+    .bind(&organizations)
+    .bind(&keys)
+    .bind(events)
+    .bind(fingerprints)
+    .bind(seconds(window_s))
+    .fetch_all(&mut *connection)
+    .await
+    .during(OPERATION)?;
+    if claimed.len() == claims.len() {
+        return Ok(HashMap::new());
+    }
+    // Read committed: this statement sees what the transaction that we waited for has committed.
+    let rows = sqlx::query(
+        "SELECT k.organization_id, k.key, k.event_uids, k.fingerprint
+         FROM UNNEST($1::uuid[], $2::text[]) AS c (organization_id, key)
+         JOIN event_keys k USING (organization_id, key)",
+    )
+    .bind(&organizations)
+    .bind(&keys)
+    .fetch_all(&mut *connection)
+    .await
+    .during(OPERATION)?;
+    let mut taken = HashMap::new();
+    let ours: std::collections::HashSet<UniqueKey> =
+        claimed.iter().map(unique_key).collect::<Result<_, _>>().during(OPERATION)?;
+    for row in &rows {
+        let key = unique_key(row).during(OPERATION)?;
+        if !ours.contains(&key) {
+            let events: Vec<Uuid> = row.try_get("event_uids").during(OPERATION)?;
+            let fingerprint = row.try_get("fingerprint").during(OPERATION)?;
+            taken.insert(key, Taken { events: events.into_iter().map(EventUid).collect(), fingerprint });
+        }
+    }
+    Ok(taken)
+}
+
+fn unique_key(row: &sqlx::postgres::PgRow) -> Result<UniqueKey, sqlx::Error> {
+    let organization: Uuid = row.try_get("organization_id")?;
+    Ok(UniqueKey { organization: organization.into(), key: row.try_get("key")? })
+}
+
+/// Changes what a key stands for, in the transaction that claimed it.
+pub async fn amend_key(
+    connection: &mut PgConnection,
+    key: &UniqueKey,
+    events: &[EventUid],
+) -> Result<(), StoreError> {
+    let events: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
+    sqlx::query("UPDATE event_keys SET event_uids = $3 WHERE organization_id = $1 AND key = $2")
+        .bind(key.organization.0)
+        .bind(&key.key)
+        .bind(events)
+        .execute(connection)
+        .await
+        .during("amend a deduplication key")?;
+    Ok(())
+}
+
+/// Stores events: one statement, whatever their number.
+pub async fn insert_events(connection: &mut PgConnection, events: &[NewEvent]) -> Result<(), StoreError> {
+    let each = |f: fn(&NewEvent) -> Uuid| events.iter().map(f).collect::<Vec<_>>();
+    let text = |f: fn(&NewEvent) -> &str| events.iter().map(f).collect::<Vec<_>>();
+    let times: Vec<jiff_sqlx::Timestamp> = events.iter().map(|event| event.time.into()).collect();
+    let subjects: Vec<Option<&str>> = events.iter().map(|event| event.subject.as_deref()).collect();
+    let publishers: Vec<Option<Uuid>> = events.iter().map(|event| event.publisher.map(|id| id.0)).collect();
+    let bodies: Vec<&[u8]> = events.iter().map(|event| &event.body[..]).collect();
+    // UNNEST flattens arrays of arrays, so each event's matches travel as an array literal.
+    let subscriptions: Vec<String> =
+        events.iter().map(|event| array_literal(event.subscriptions.iter().map(|id| id.0))).collect();
+    sqlx::query(
+        "INSERT INTO events (uid, organization_id, id, source, type, subject, time, publisher, subscriptions, body)
+         SELECT uid, organization_id, id, source, type, subject, time, publisher, subscriptions::uuid[], body
+         FROM UNNEST($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[],
+                     $8::uuid[], $9::text[], $10::bytea[])
+              AS e (uid, organization_id, id, source, type, subject, time, publisher, subscriptions, body)",
+    )
+    .bind(each(|event| event.uid.0))
+    .bind(each(|event| event.organization.0))
+    .bind(text(|event| &event.id))
+    .bind(text(|event| &event.source))
+    .bind(text(|event| &event.r#type))
+    .bind(subjects)
+    .bind(times)
+    .bind(publishers)
+    .bind(subscriptions)
+    .bind(bodies)
+    .execute(connection)
+    .await
+    .during("store events")?;
+    Ok(())
+}
+
+/// Opens the outbox row of a publish transaction, held by the caller for `lease_s` seconds.
+pub async fn insert_outbox(
+    connection: &mut PgConnection,
+    id: OutboxId,
+    events: &[EventUid],
+    lease_s: u64,
+) -> Result<(), StoreError> {
+    let events: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
+    sqlx::query("INSERT INTO outbox (id, event_uids, lease_until) VALUES ($1, $2, now() + make_interval(secs => $3))")
+        .bind(id.0)
+        .bind(events)
+        .bind(seconds(lease_s))
+        .execute(connection)
+        .await
+        .during("open an outbox row")?;
+    Ok(())
+}
+
+/// The channel on which the Postgres backend says that there is work.
+pub fn enqueued_channel(prefix: &str) -> String {
+    format!("{prefix}_enqueued")
+}
+
+/// Puts deliveries into the queue table of the Postgres backend. Those that are there already stay.
+pub async fn insert_queued(
+    connection: &mut PgConnection,
+    deliveries: &[(DeliveryKey, u32)],
+    lanes: u16,
+) -> Result<(), StoreError> {
+    let each = |f: fn(&DeliveryKey) -> Uuid| deliveries.iter().map(|(key, _)| f(key)).collect::<Vec<_>>();
+    let lane = |key: &DeliveryKey| i16::try_from(key.organization.lane(lanes)).unwrap_or(i16::MAX);
+    sqlx::query(
+        "INSERT INTO delivery_queue (delivery_id, lane, event_uid, organization_id, subscription_id, connection_id,
+                                     connection_version, attempts, visible_at)
+         SELECT *, now()
+         FROM UNNEST($1::uuid[], $2::int2[], $3::uuid[], $4::uuid[], $5::uuid[], $6::uuid[], $7::int8[], $8::int4[])
+         ON CONFLICT (delivery_id) DO NOTHING",
+    )
+    .bind(each(|key| key.id.0))
+    .bind(deliveries.iter().map(|(key, _)| lane(key)).collect::<Vec<_>>())
+    .bind(each(|key| key.event.0))
+    .bind(each(|key| key.organization.0))
+    .bind(each(|key| key.subscription.0))
+    .bind(each(|key| key.connection.0))
+    .bind(deliveries.iter().map(|(key, _)| key.connection_version).collect::<Vec<_>>())
+    .bind(deliveries.iter().map(|(_, n)| i32::try_from(*n).unwrap_or(i32::MAX)).collect::<Vec<_>>())
+    .execute(connection)
+    .await
+    .during("enqueue deliveries")?;
+    Ok(())
+}
+
+/// Wakes the workers of the Postgres backend when the transaction commits.
+pub async fn notify_enqueued(connection: &mut PgConnection, prefix: &str) -> Result<(), StoreError> {
+    sqlx::query("SELECT pg_notify($1, '')")
+        .bind(enqueued_channel(prefix))
+        .execute(connection)
+        .await
+        .during("notify the workers")?;
+    Ok(())
+}
+
+/// A Postgres array literal; UUIDs need no quoting.
+fn array_literal(ids: impl Iterator<Item = Uuid>) -> String {
+    let mut literal = String::from("{");
+    for (index, id) in ids.enumerate() {
+        if index > 0 {
+            literal.push(',');
+        }
+        literal.push_str(id.hyphenated().encode_lower(&mut Uuid::encode_buffer()));
+    }
+    literal.push('}');
+    literal
+}
+
+/// Seconds for `make_interval(secs => …)`.
+pub(super) fn seconds(seconds: u64) -> f64 {
+    f64::from(u32::try_from(seconds).unwrap_or(u32::MAX))
+}
+
+/// What an event was accepted as.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The bus's own id.
+    pub uid: EventUid,
+    /// See [`NewEvent`].
+    pub id: String,
+    /// See [`NewEvent`].
+    pub source: String,
+    /// See [`NewEvent`].
+    pub r#type: String,
+    /// See [`NewEvent`].
+    pub time: Timestamp,
+}
+
+/// The identities of stored events, by uid; an event that has expired is missing.
+pub async fn read_identities(
+    connection: &mut PgConnection,
+    events: &[EventUid],
+) -> Result<HashMap<EventUid, Identity>, StoreError> {
+    const OPERATION: &str = "read the first events of repeated publishes";
+    let uids: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
+    sqlx::query("SELECT uid, id, source, type, time FROM events WHERE uid = ANY($1)")
+        .bind(uids)
+        .fetch_all(connection)
+        .await
+        .during(OPERATION)?
+        .iter()
+        .map(|row| {
+            let uid = EventUid(row.try_get("uid")?);
+            let time: jiff_sqlx::Timestamp = row.try_get("time")?;
+            let identity = Identity {
+                uid,
+                id: row.try_get("id")?,
+                source: row.try_get("source")?,
+                r#type: row.try_get("type")?,
+                time: time.to_jiff(),
+            };
+            Ok((uid, identity))
+        })
+        .collect::<Result<_, sqlx::Error>>()
+        .during(OPERATION)
+}

@@ -1,0 +1,406 @@
+//! Subscriptions. Every change counts up the organization's version in its own transaction, so that
+//! an event which is published after the change returned is matched against it (invariant I2).
+
+mod sync;
+
+use std::collections::BTreeSet;
+
+use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
+
+pub use self::sync::*;
+use super::{
+    During as _, PageRequest, Paged, StoreError,
+    organizations::{bump_organization, lock_organization},
+};
+use crate::{
+    filter::PayloadFilter,
+    ids::{ConnectionId, OrganizationId, SubscriptionId},
+    pattern::TypePattern,
+    subscription::Subscription,
+};
+
+/// The most subscriptions of one organization. Every publisher holds an organization's subscriptions
+/// in memory while it publishes, so their number needs a bound (invariant I10).
+pub const MAX_SUBSCRIPTIONS: i64 = 10_000;
+
+/// What a connection wants to receive.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// Which event types.
+    pub event_type: TypePattern,
+    /// Whose events, if not everyone's.
+    pub publisher: Option<ConnectionId>,
+    /// Which payloads, if not all.
+    pub filter: Option<PayloadFilter>,
+    /// Whether it matches at all.
+    pub enabled: bool,
+}
+
+/// Why a subscription cannot be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SubscriptionRefused {
+    /// The organization has no such connection.
+    NoSuchConnection,
+    /// The connection receives nothing.
+    NotAReceiver,
+    /// The organization has no such connection to publish.
+    NoSuchPublisher(ConnectionId),
+    /// The organization has [`MAX_SUBSCRIPTIONS`] already.
+    TooMany,
+}
+
+/// What [`create_subscription`] found.
+#[derive(Debug, Clone)]
+pub enum CreateSubscription {
+    /// It is there now.
+    Created(Subscription),
+    /// An identical one was there; it stays as it is.
+    Existing(Subscription),
+    /// It cannot be stored.
+    Refused(SubscriptionRefused),
+}
+
+/// What [`change_subscription`] found.
+#[derive(Debug, Clone)]
+pub enum ChangeSubscription<E> {
+    /// It is stored as it shall be.
+    Stored(Subscription),
+    /// There is no such subscription.
+    NotFound,
+    /// Another subscription of the connection is like that already.
+    Identical,
+    /// It cannot be stored like that.
+    Refused(SubscriptionRefused),
+    /// The caller's function refused; nothing changed.
+    Rejected(E),
+}
+
+/// Which subscriptions a list shows.
+#[derive(Debug, Clone, Default)]
+pub struct SubscriptionQuery {
+    /// Only those of this connection.
+    pub connection: Option<ConnectionId>,
+    /// Only those with exactly this pattern.
+    pub event_type: Option<String>,
+}
+
+/// What makes a subscription of a connection unique: pattern, publisher, filter.
+type Identity = (String, Option<Uuid>, Option<String>);
+
+#[derive(sqlx::FromRow)]
+struct SubscriptionRow {
+    id: Uuid,
+    organization_id: Uuid,
+    connection_id: Uuid,
+    event_type: String,
+    publisher: Option<Uuid>,
+    filter: Option<String>,
+    enabled: bool,
+    created_at: jiff_sqlx::Timestamp,
+    updated_at: jiff_sqlx::Timestamp,
+}
+
+impl TryFrom<SubscriptionRow> for Subscription {
+    type Error = StoreError;
+
+    fn try_from(row: SubscriptionRow) -> Result<Self, StoreError> {
+        let unfit = |problem: String| StoreError::Inconsistent {
+            table: "subscriptions",
+            id: row.id.to_string(),
+            problem,
+        };
+        Ok(Self {
+            id: SubscriptionId(row.id),
+            organization: OrganizationId(row.organization_id),
+            connection: ConnectionId(row.connection_id),
+            event_type: TypePattern::parse(&row.event_type)
+                .map_err(|error| unfit(format!("event_type: {error}")))?,
+            publisher: row.publisher.map(ConnectionId),
+            filter: row
+                .filter
+                .as_deref()
+                .map(PayloadFilter::parse)
+                .transpose()
+                .map_err(|error| unfit(format!("filter: {error}")))?,
+            enabled: row.enabled,
+            created_at: row.created_at.to_jiff(),
+            updated_at: row.updated_at.to_jiff(),
+        })
+    }
+}
+
+macro_rules! columns {
+    () => {
+        "id, organization_id, connection_id, event_type, publisher, filter, enabled, created_at, updated_at"
+    };
+}
+use columns;
+
+impl Wanted {
+    fn identity(&self) -> Identity {
+        (
+            self.event_type.as_str().to_owned(),
+            self.publisher.map(|id| id.0),
+            self.filter.as_ref().map(ToString::to_string),
+        )
+    }
+}
+
+/// Checks that the connection can receive and that the publishers exist, within the organization. The
+/// caller holds the organization's lock, so both stay true until its commit.
+async fn check_connections(
+    transaction: &mut PgConnection,
+    organization: OrganizationId,
+    connection: ConnectionId,
+    publishers: impl IntoIterator<Item = ConnectionId>,
+) -> Result<Option<SubscriptionRefused>, StoreError> {
+    let kind: Option<String> = sqlx::query_scalar(
+        "SELECT kind FROM connections WHERE id = $1 AND organization_id = $2 AND deleted_at IS NULL",
+    )
+    .bind(connection.0)
+    .bind(organization.0)
+    .fetch_optional(&mut *transaction)
+    .await
+    .during("find the connection of a subscription")?;
+    match kind.as_deref() {
+        None => return Ok(Some(SubscriptionRefused::NoSuchConnection)),
+        Some("publisher") => return Ok(Some(SubscriptionRefused::NotAReceiver)),
+        Some(_) => {}
+    }
+    let publishers: BTreeSet<Uuid> = publishers.into_iter().map(|id| id.0).collect();
+    if publishers.is_empty() {
+        return Ok(None);
+    }
+    let known: Vec<Uuid> = sqlx::query_scalar(
+        "SELECT id FROM connections WHERE id = ANY ($1) AND organization_id = $2 AND deleted_at IS NULL",
+    )
+    .bind(publishers.iter().copied().collect::<Vec<_>>())
+    .bind(organization.0)
+    .fetch_all(transaction)
+    .await
+    .during("find the publishers of subscriptions")?;
+    let unknown = publishers.into_iter().find(|id| !known.contains(id));
+    Ok(unknown.map(|id| SubscriptionRefused::NoSuchPublisher(ConnectionId(id))))
+}
+
+async fn count(transaction: &mut PgConnection, organization: OrganizationId) -> Result<i64, StoreError> {
+    sqlx::query_scalar("SELECT count(*) FROM subscriptions WHERE organization_id = $1 AND deleted_at IS NULL")
+        .bind(organization.0)
+        .fetch_one(transaction)
+        .await
+        .during("count the subscriptions of an organization")
+}
+
+/// Stores a subscription, or finds the identical one. The unique index decides what is identical.
+pub async fn create_subscription(
+    pool: &PgPool,
+    organization: OrganizationId,
+    id: SubscriptionId,
+    connection: ConnectionId,
+    wanted: &Wanted,
+) -> Result<CreateSubscription, StoreError> {
+    let mut transaction = pool.begin().await.during("begin to create a subscription")?;
+    lock_organization(&mut transaction, organization).await?;
+    if let Some(refused) =
+        check_connections(&mut transaction, organization, connection, wanted.publisher).await?
+    {
+        return Ok(CreateSubscription::Refused(refused));
+    }
+    let (event_type, publisher, filter) = wanted.identity();
+    let row: Option<SubscriptionRow> = sqlx::query_as(concat!(
+        "INSERT INTO subscriptions (id, organization_id, connection_id, event_type, publisher, filter, enabled)
+         VALUES ($1, $2, $3, $4, $5, $6, $7)
+         ON CONFLICT (connection_id, event_type, publisher, filter) WHERE deleted_at IS NULL DO NOTHING
+         RETURNING ",
+        columns!()
+    ))
+    .bind(id.0)
+    .bind(organization.0)
+    .bind(connection.0)
+    .bind(&event_type)
+    .bind(publisher)
+    .bind(&filter)
+    .bind(wanted.enabled)
+    .fetch_optional(&mut *transaction)
+    .await
+    .during("create a subscription")?;
+    let Some(row) = row else {
+        let row: SubscriptionRow = sqlx::query_as(concat!(
+            "SELECT ",
+            columns!(),
+            " FROM subscriptions
+              WHERE connection_id = $1 AND event_type = $2 AND publisher IS NOT DISTINCT FROM $3
+                AND filter IS NOT DISTINCT FROM $4 AND deleted_at IS NULL"
+        ))
+        .bind(connection.0)
+        .bind(&event_type)
+        .bind(publisher)
+        .bind(&filter)
+        .fetch_one(&mut *transaction)
+        .await
+        .during("read an identical subscription")?;
+        return Ok(CreateSubscription::Existing(row.try_into()?));
+    };
+    if count(&mut transaction, organization).await? > MAX_SUBSCRIPTIONS {
+        return Ok(CreateSubscription::Refused(SubscriptionRefused::TooMany));
+    }
+    bump_organization(&mut transaction, organization).await?;
+    transaction.commit().await.during("commit a new subscription")?;
+    Ok(CreateSubscription::Created(row.try_into()?))
+}
+
+/// The subscription of that id; `only` hides those of all other connections.
+pub async fn subscription(
+    pool: &PgPool,
+    organization: OrganizationId,
+    only: Option<ConnectionId>,
+    id: SubscriptionId,
+) -> Result<Option<Subscription>, StoreError> {
+    let row: Option<SubscriptionRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM subscriptions
+          WHERE id = $1 AND organization_id = $2 AND ($3::uuid IS NULL OR connection_id = $3)
+            AND deleted_at IS NULL"
+    ))
+    .bind(id.0)
+    .bind(organization.0)
+    .bind(only.map(|id| id.0))
+    .fetch_optional(pool)
+    .await
+    .during("read a subscription")?;
+    row.map(Subscription::try_from).transpose()
+}
+
+/// The subscriptions of an organization, oldest first.
+pub async fn subscriptions(
+    pool: &PgPool,
+    organization: OrganizationId,
+    query: &SubscriptionQuery,
+    page: PageRequest,
+) -> Result<Paged<Subscription>, StoreError> {
+    let rows: Vec<SubscriptionRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM subscriptions
+          WHERE organization_id = $1 AND id > $2 AND ($4::uuid IS NULL OR connection_id = $4)
+            AND ($5::text IS NULL OR event_type = $5) AND deleted_at IS NULL
+          ORDER BY id LIMIT $3"
+    ))
+    .bind(organization.0)
+    .bind(page.bound())
+    .bind(page.rows())
+    .bind(query.connection.map(|id| id.0))
+    .bind(&query.event_type)
+    .fetch_all(pool)
+    .await
+    .during("list subscriptions")?;
+    let items = rows.into_iter().map(Subscription::try_from).collect::<Result<_, _>>()?;
+    Ok(Paged::cut(items, page, |item: &Subscription| item.id.0))
+}
+
+/// Changes a subscription: `change` gets what it wants now, with all other writers shut out, and says
+/// what it shall want. `only` hides the subscriptions of all other connections.
+pub async fn change_subscription<E>(
+    pool: &PgPool,
+    organization: OrganizationId,
+    only: Option<ConnectionId>,
+    id: SubscriptionId,
+    change: impl FnOnce(Wanted) -> Result<Wanted, E>,
+) -> Result<ChangeSubscription<E>, StoreError> {
+    let mut transaction = pool.begin().await.during("begin to change a subscription")?;
+    lock_organization(&mut transaction, organization).await?;
+    let row: Option<SubscriptionRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM subscriptions
+          WHERE id = $1 AND organization_id = $2 AND ($3::uuid IS NULL OR connection_id = $3)
+            AND deleted_at IS NULL FOR UPDATE"
+    ))
+    .bind(id.0)
+    .bind(organization.0)
+    .bind(only.map(|id| id.0))
+    .fetch_optional(&mut *transaction)
+    .await
+    .during("read a subscription that is to change")?;
+    let Some(row) = row else { return Ok(ChangeSubscription::NotFound) };
+    let found = Subscription::try_from(row)?;
+    let before = Wanted {
+        event_type: found.event_type.clone(),
+        publisher: found.publisher,
+        filter: found.filter.clone(),
+        enabled: found.enabled,
+    };
+    let identity = before.identity();
+    let after = match change(before) {
+        Ok(after) => after,
+        Err(rejected) => return Ok(ChangeSubscription::Rejected(rejected)),
+    };
+    let (event_type, publisher, filter) = after.identity();
+    if after.enabled == found.enabled
+        && (&event_type, &publisher, &filter) == (&identity.0, &identity.1, &identity.2)
+    {
+        return Ok(ChangeSubscription::Stored(found));
+    }
+    // A publisher that was deleted since is let be, unless it is what changes.
+    let publishers = after.publisher.filter(|_| publisher != identity.1);
+    if let Some(refused) =
+        check_connections(&mut transaction, organization, found.connection, publishers).await?
+    {
+        return Ok(ChangeSubscription::Refused(refused));
+    }
+    let written: Result<SubscriptionRow, StoreError> = sqlx::query_as(concat!(
+        "UPDATE subscriptions
+            SET event_type = $2, publisher = $3, filter = $4, enabled = $5, updated_at = now()
+          WHERE id = $1
+          RETURNING ",
+        columns!()
+    ))
+    .bind(id.0)
+    .bind(event_type)
+    .bind(publisher)
+    .bind(filter)
+    .bind(after.enabled)
+    .fetch_one(&mut *transaction)
+    .await
+    .during("change a subscription");
+    let row = match written {
+        Err(error) if error.constraint() == Some("subscriptions_identity") => {
+            return Ok(ChangeSubscription::Identical);
+        }
+        other => other?,
+    };
+    bump_organization(&mut transaction, organization).await?;
+    transaction.commit().await.during("commit a changed subscription")?;
+    Ok(ChangeSubscription::Stored(row.try_into()?))
+}
+
+/// Deletes a subscription; its row stays, so that history can name it. `only` hides those of all other
+/// connections. False if there is no such subscription.
+pub async fn delete_subscription(
+    pool: &PgPool,
+    organization: OrganizationId,
+    only: Option<ConnectionId>,
+    id: SubscriptionId,
+) -> Result<bool, StoreError> {
+    let mut transaction = pool.begin().await.during("begin to delete a subscription")?;
+    lock_organization(&mut transaction, organization).await?;
+    let deleted = sqlx::query(
+        "UPDATE subscriptions SET deleted_at = now(), updated_at = now()
+          WHERE id = $1 AND organization_id = $2 AND ($3::uuid IS NULL OR connection_id = $3)
+            AND deleted_at IS NULL",
+    )
+    .bind(id.0)
+    .bind(organization.0)
+    .bind(only.map(|id| id.0))
+    .execute(&mut *transaction)
+    .await
+    .during("delete a subscription")?;
+    if deleted.rows_affected() == 0 {
+        return Ok(false);
+    }
+    bump_organization(&mut transaction, organization).await?;
+    transaction.commit().await.during("commit a deleted subscription")?;
+    Ok(true)
+}

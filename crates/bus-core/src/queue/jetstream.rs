@@ -1,0 +1,299 @@
+//! The delivery queue on JetStream.
+
+use std::{sync::Arc, time::Duration};
+
+use async_nats::{
+    HeaderMap,
+    jetstream::{AckKind, Message, consumer::PullConsumer, message::PublishMessage},
+};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{
+    StreamExt as _,
+    future::{join_all, try_join_all},
+    stream::{self, BoxStream},
+};
+use tokio::sync::Mutex;
+use tracing::{error, warn};
+
+use super::{Body, DeliveryQueue, Enqueue, Hint, Hints, Lease, Leased, QueueError};
+use crate::{
+    delivery::DeliveryKey,
+    ids::{ConnectionId, DeliveryId, EventUid},
+    nats::{During as _, Nats},
+    receipt::Receipt,
+    telemetry::Chain,
+};
+
+/// A larger event travels as a reference. NATS refuses messages above its `max_payload`, 1 MiB unless
+/// configured; copies of large bodies would also fill the stream.
+pub const MAX_INLINE: usize = 256 * 1024;
+
+/// A delivery that waits for a negative acknowledgement to expire stays in the consumer's ack-pending
+/// window, so only short waits may.
+const LONGEST_NAK: Duration = Duration::from_secs(5);
+
+/// Receipts of one message; a receipt is about 300 bytes.
+const RECEIPTS_PER_MESSAGE: usize = 500;
+
+/// `<delivery>` or, put in again after attempts, `<delivery>:<attempts>`. One per delivery and number
+/// of attempts, so that whoever repeats a fan-out is recognised.
+const MESSAGE_ID: &str = "Nats-Msg-Id";
+const EVENT: &str = "Bus-Event";
+const SUBSCRIPTION: &str = "Bus-Subscription";
+const CONNECTION_VERSION: &str = "Bus-Connection-Version";
+const STORED: &str = "Bus-Body-Stored";
+
+/// The delivery queue on JetStream: a work-queue stream, one durable pull consumer per lane.
+#[derive(Debug, Clone)]
+pub struct JetStreamQueue {
+    nats: Nats,
+    lanes: u16,
+    consumers: Arc<Vec<Mutex<Option<PullConsumer>>>>,
+}
+
+impl JetStreamQueue {
+    /// A queue of `lanes` lanes.
+    pub fn new(nats: Nats, lanes: u16) -> Self {
+        let consumers = (0..lanes).map(|_| Mutex::new(None)).collect();
+        Self { nats, lanes, consumers: Arc::new(consumers) }
+    }
+
+    fn message(&self, delivery: &Enqueue) -> (String, PublishMessage) {
+        let key = &delivery.key;
+        let subject =
+            self.nats.names.deliver(key.organization.lane(self.lanes), key.organization, key.connection);
+        let mut headers = HeaderMap::new();
+        let id = match delivery.attempts {
+            0 => key.id.to_string(),
+            attempts => format!("{}:{attempts}", key.id),
+        };
+        headers.insert(MESSAGE_ID, id);
+        headers.insert(EVENT, key.event.to_string());
+        headers.insert(SUBSCRIPTION, key.subscription.to_string());
+        headers.insert(CONNECTION_VERSION, key.connection_version.to_string());
+        let mut body = delivery.body.clone();
+        if body.len() > MAX_INLINE {
+            headers.insert(STORED, "1");
+            body = Bytes::new();
+        }
+        (subject, PublishMessage::build().headers(headers).payload(body))
+    }
+
+    async fn consumer(&self, lane: u16) -> Result<PullConsumer, QueueError> {
+        let mut slot = self.consumers[usize::from(lane)].lock().await;
+        if let Some(consumer) = slot.as_ref() {
+            return Ok(consumer.clone());
+        }
+        let consumer = self.nats.lane_consumer(lane).await?;
+        Ok(slot.insert(consumer).clone())
+    }
+
+    /// After an error the consumer may be gone; the next pull looks it up, and creates it if it is.
+    async fn forget(&self, lane: u16) {
+        *self.consumers[usize::from(lane)].lock().await = None;
+    }
+}
+
+#[async_trait]
+impl DeliveryQueue for JetStreamQueue {
+    async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError> {
+        let mut acks = Vec::with_capacity(deliveries.len());
+        for delivery in deliveries {
+            let (subject, message) = self.message(delivery);
+            // Waits while too many acknowledgements are out: back-pressure, not memory.
+            acks.push(self.nats.jetstream.send_publish(subject, message).await.during("enqueue a delivery")?);
+        }
+        try_join_all(acks.into_iter().map(IntoFuture::into_future)).await.during("enqueue a delivery")?;
+        Ok(())
+    }
+
+    async fn pull(
+        &self,
+        lane: u16,
+        max: usize,
+        wait: Duration,
+    ) -> Result<BoxStream<'static, Result<Leased, QueueError>>, QueueError> {
+        let consumer = self.consumer(lane).await?;
+        let batch = match consumer
+            .batch()
+            .max_messages(max)
+            .expires(wait)
+            .heartbeat(wait / 3)
+            .messages()
+            .await
+            .during("pull deliveries")
+        {
+            Ok(batch) => batch,
+            Err(failed) => {
+                self.forget(lane).await;
+                return Err(failed.into());
+            }
+        };
+        let queue = self.clone();
+        let leased = batch.filter_map(move |message| {
+            let queue = queue.clone();
+            async move {
+                match message.during("pull deliveries") {
+                    Ok(message) => queue.lease(message).await,
+                    Err(failed) => {
+                        queue.forget(lane).await;
+                        Some(Err(failed.into()))
+                    }
+                }
+            }
+        });
+        Ok(leased.boxed())
+    }
+
+    fn longest_wait(&self) -> Duration {
+        LONGEST_NAK
+    }
+
+    async fn dead_letter(&self, key: &DeliveryKey, reason: &str, body: &Bytes) -> Result<(), QueueError> {
+        let mut headers = HeaderMap::new();
+        headers.insert(MESSAGE_ID, format!("dead:{}", key.id));
+        headers.insert(EVENT, key.event.to_string());
+        headers.insert(SUBSCRIPTION, key.subscription.to_string());
+        headers.insert("Bus-Reason", single_line(reason));
+        let body = if body.len() > MAX_INLINE { Bytes::new() } else { body.clone() };
+        self.publish(self.nats.names.dead(key.organization, key.connection), headers, body, "dead-letter").await
+    }
+
+    async fn receipts(&self, receipts: &[Receipt]) -> Result<(), QueueError> {
+        let mut by_organization: Vec<&Receipt> = receipts.iter().collect();
+        by_organization.sort_by_key(|receipt| receipt.organization);
+        let messages = by_organization
+            .chunk_by(|a, b| a.organization == b.organization)
+            .flat_map(|chunk| chunk.chunks(RECEIPTS_PER_MESSAGE))
+            .map(|chunk| async move {
+                let body = serde_json::to_vec(chunk).expect("receipts are plain data");
+                let subject = self.nats.names.receipt(chunk[0].organization);
+                self.publish(subject, HeaderMap::new(), body.into(), "publish receipts").await
+            });
+        join_all(messages).await.into_iter().collect()
+    }
+
+    async fn prepare(&self) -> Result<(), QueueError> {
+        Ok(self.nats.prepare(self.lanes).await?)
+    }
+}
+
+impl JetStreamQueue {
+    async fn publish(
+        &self,
+        subject: String,
+        headers: HeaderMap,
+        body: Bytes,
+        operation: &'static str,
+    ) -> Result<(), QueueError> {
+        let ack = self.nats.jetstream.publish_with_headers(subject, headers, body).await.during(operation)?;
+        ack.await.during(operation)?;
+        Ok(())
+    }
+
+    /// Reads a message. One that cannot be read is moved to the dead-letter stream, so that it blocks
+    /// nothing; `None` then.
+    async fn lease(&self, message: Message) -> Option<Result<Leased, QueueError>> {
+        match read(&message) {
+            Ok((key, attempts)) => {
+                let stored = message.headers.as_ref().is_some_and(|headers| headers.get(STORED).is_some());
+                let body = if stored { Body::Stored } else { Body::Inline(message.payload.clone()) };
+                Some(Ok(Leased { key, attempts, body, lease: Box::new(MessageLease(message)) }))
+            }
+            Err(problem) => {
+                error!(subject = %message.subject, problem, "A message in the delivery stream cannot be read");
+                let mut headers = HeaderMap::new();
+                headers.insert("Bus-Reason", problem);
+                headers.insert("Bus-Subject", message.subject.as_str());
+                let subject = self.nats.names.malformed();
+                let moved = self.publish(subject, headers, message.payload.clone(), "dead-letter").await;
+                // Not moved: it stays and comes again after ack_wait.
+                if let Err(failed) = moved {
+                    warn!(error = %Chain(&failed), "The unreadable message stays in the stream for now");
+                } else if let Err(failed) = message.ack_with(AckKind::Term).await.during("terminate") {
+                    warn!(error = %Chain(&failed), "The unreadable message will be moved again");
+                }
+                None
+            }
+        }
+    }
+}
+
+/// NATS header values are single lines.
+fn single_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+fn read(message: &Message) -> Result<(DeliveryKey, u32), &'static str> {
+    let headers = message.headers.as_ref().ok_or("no headers")?;
+    let header = |name: &'static str, problem| headers.get(name).map(|value| value.as_str()).ok_or(problem);
+    let id = header(MESSAGE_ID, "no Nats-Msg-Id")?;
+    let (id, before) = match id.split_once(':') {
+        Some((id, attempts)) => (id, attempts.parse().map_err(|_| "Nats-Msg-Id: not a number of attempts")?),
+        None => (id, 0),
+    };
+    let id: DeliveryId = id.parse().map_err(|_| "Nats-Msg-Id: not a delivery id")?;
+    let event: EventUid =
+        header(EVENT, "no Bus-Event")?.parse().map_err(|_| "Bus-Event: not an event uid")?;
+    let subscription = header(SUBSCRIPTION, "no Bus-Subscription")?
+        .parse()
+        .map_err(|_| "Bus-Subscription: not a subscription id")?;
+    let connection_version = header(CONNECTION_VERSION, "no Bus-Connection-Version")?
+        .parse()
+        .map_err(|_| "Bus-Connection-Version: not a number")?;
+    let mut tokens = message.subject.rsplit('.');
+    let connection = tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no connection id")?;
+    let organization = tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no organization id")?;
+    let delivered = message.info().map_err(|_| "not a JetStream message")?.delivered;
+    let again = u32::try_from(delivered.saturating_sub(1)).unwrap_or(u32::MAX);
+    let key = DeliveryKey { id, event, organization, subscription, connection, connection_version };
+    Ok((key, u32::saturating_add(before, again)))
+}
+
+#[derive(Debug)]
+struct MessageLease(Message);
+
+#[async_trait]
+impl Lease for MessageLease {
+    async fn ack(self: Box<Self>) -> Result<(), QueueError> {
+        Ok(self.0.ack().await.during("acknowledge a delivery")?)
+    }
+
+    async fn retry(self: Box<Self>, wait: Duration) -> Result<(), QueueError> {
+        Ok(self.0.ack_with(AckKind::Nak(Some(wait))).await.during("postpone a delivery")?)
+    }
+}
+
+#[async_trait]
+impl Hints for Nats {
+    async fn connection_changed(&self, connection: ConnectionId) {
+        let payload = connection.to_string().into();
+        if let Err(failed) = self.client.publish(self.names.wake_connection(), payload).await {
+            warn!(error = %Chain(&failed), connection.id = %connection, "The workers learn of a change late");
+        }
+    }
+
+    async fn listen(&self) -> BoxStream<'static, Hint> {
+        let missed = changes(self.epoch()).map(|()| Hint::Missed);
+        let changed = match self.client.subscribe(self.names.wake_connection()).await {
+            Ok(changed) => changed
+                .filter_map(|message| async move {
+                    let id = std::str::from_utf8(&message.payload).ok()?.parse().ok()?;
+                    Some(Hint::ConnectionChanged(id))
+                })
+                .boxed(),
+            Err(failed) => {
+                warn!(error = %Chain(&failed), "No hints from NATS");
+                stream::pending().boxed()
+            }
+        };
+        stream::select(missed, changed).boxed()
+    }
+}
+
+/// One item now and one for each change.
+fn changes(mut epoch: tokio::sync::watch::Receiver<u64>) -> BoxStream<'static, ()> {
+    epoch.mark_changed();
+    stream::unfold(epoch, |mut epoch| async move { epoch.changed().await.ok().map(|()| ((), epoch)) }).boxed()
+}

@@ -1,0 +1,179 @@
+//! The delivery queue: where deliveries wait for a worker.
+
+mod jetstream;
+mod postgres;
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+pub use self::{
+    jetstream::{JetStreamQueue, MAX_INLINE},
+    postgres::{PostgresHints, PostgresQueue},
+};
+use crate::{
+    config::{Backend, Common},
+    delivery::DeliveryKey,
+    ids::ConnectionId,
+    nats::{Nats, NatsError},
+    pg::StoreError,
+    receipt::Receipt,
+};
+
+/// What went wrong with the queue.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QueueError {
+    /// The broker.
+    #[error(transparent)]
+    Nats(#[from] NatsError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// The event's bytes, or the advice to read them from the event store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Body {
+    /// The CloudEvent in the JSON event format.
+    Inline(Bytes),
+    /// Too large for the queue; read it from the event store.
+    Stored,
+}
+
+/// A delivery on its way into the queue.
+#[derive(Debug, Clone)]
+pub struct Enqueue {
+    /// What it is about.
+    pub key: DeliveryKey,
+    /// Attempts made so far.
+    pub attempts: u32,
+    /// The event's bytes; shared by the whole fan-out.
+    pub body: Bytes,
+}
+
+/// A delivery that a worker holds. It returns to the queue by itself if the worker dies.
+#[derive(Debug)]
+pub struct Leased {
+    /// What it is about.
+    pub key: DeliveryKey,
+    /// Attempts made before this one.
+    pub attempts: u32,
+    /// The event's bytes.
+    pub body: Body,
+    /// The hold.
+    pub lease: Box<dyn Lease>,
+}
+
+/// A worker's hold on a delivery.
+#[async_trait]
+pub trait Lease: Send + Sync + fmt::Debug {
+    /// It is finished: delivered, parked, or dead-lettered.
+    async fn ack(self: Box<Self>) -> Result<(), QueueError>;
+
+    /// Give it out again after `wait`, with one more attempt counted. At most
+    /// [`DeliveryQueue::longest_wait`].
+    async fn retry(self: Box<Self>, wait: Duration) -> Result<(), QueueError>;
+}
+
+/// Where deliveries wait for a worker.
+///
+/// Order: deliveries of one connection come out in the order in which they were put in, as long as none
+/// of them is retried and one worker takes the lane; nothing more is promised.
+#[async_trait]
+pub trait DeliveryQueue: Send + Sync + fmt::Debug {
+    /// Puts deliveries in and returns when all are safely there. One that is there already (same id and
+    /// attempts) is not put in twice, within the broker's duplicate window. After an error some may be
+    /// there: call it again with all of them.
+    async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError>;
+
+    /// Hands out at most `max` deliveries of a lane as they come, until `wait` is over. The stream ends
+    /// early when `max` are out.
+    async fn pull(
+        &self,
+        lane: u16,
+        max: usize,
+        wait: Duration,
+    ) -> Result<BoxStream<'static, Result<Leased, QueueError>>, QueueError>;
+
+    /// The longest wait that [`Lease::retry`] takes; what waits longer is parked.
+    fn longest_wait(&self) -> Duration;
+
+    /// Reports a dead letter to whoever listens for them. The row in the database is written by the
+    /// caller.
+    async fn dead_letter(&self, key: &DeliveryKey, reason: &str, body: &Bytes) -> Result<(), QueueError>;
+
+    /// Reports finished attempts to history, without waiting for the archiver.
+    async fn receipts(&self, receipts: &[Receipt]) -> Result<(), QueueError>;
+
+    /// Creates what is missing (streams, consumers), waiting for the broker as long as it takes.
+    async fn prepare(&self) -> Result<(), QueueError>;
+}
+
+/// Something that happened elsewhere. A hint may be lost; nothing may depend on it but latency.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hint {
+    /// A connection was changed or deleted.
+    ConnectionChanged(ConnectionId),
+    /// Hints may have been lost: whatever was kept in memory on their strength is to be dropped.
+    Missed,
+}
+
+/// Sends and receives hints.
+#[async_trait]
+pub trait Hints: Send + Sync + fmt::Debug {
+    /// Tells the workers that a connection changed. Best effort: a failure is logged, not returned.
+    async fn connection_changed(&self, connection: ConnectionId);
+
+    /// The hints from now on; never ends. The first is [`Hint::Missed`].
+    async fn listen(&self) -> BoxStream<'static, Hint>;
+}
+
+/// The queue and the hints of the configured backend.
+#[derive(Debug, Clone)]
+pub struct Transport {
+    /// Where deliveries wait.
+    pub queue: Arc<dyn DeliveryQueue>,
+    /// What wakes and invalidates.
+    pub hints: Arc<dyn Hints>,
+    /// The broker, if there is one.
+    pub nats: Option<Nats>,
+}
+
+impl Transport {
+    /// Starts connecting to what the backend needs, and returns at once.
+    pub async fn connect(
+        common: &Common,
+        pool: &PgPool,
+        role: &'static str,
+        stop: CancellationToken,
+    ) -> Result<Self, QueueError> {
+        match common.backend {
+            Backend::Jetstream => {
+                let nats = Nats::connect(&common.nats, &common.prefix, role).await?;
+                Ok(Self {
+                    queue: Arc::new(JetStreamQueue::new(nats.clone(), common.lanes)),
+                    hints: Arc::new(nats.clone()),
+                    nats: Some(nats),
+                })
+            }
+            Backend::Postgres => {
+                let lease = Duration::from_millis(common.nats.ack_wait_ms);
+                let queue = PostgresQueue::new(pool.clone(), &common.prefix, common.lanes, lease, stop);
+                let hints = PostgresHints::new(pool.clone(), &common.prefix);
+                Ok(Self { queue: Arc::new(queue), hints: Arc::new(hints), nats: None })
+            }
+        }
+    }
+
+    /// Sends what is buffered. To be called after the last acknowledgement, before the process ends.
+    pub async fn flush(&self) {
+        if let Some(nats) = &self.nats {
+            nats.flush().await;
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! What a webhook connection may ask for: the rules that the HTTP API checks and the sink relies on.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use http::HeaderName;
+
+/// The shortest timeout of a connection.
+pub const MIN_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The longest timeout of a connection (Standard Webhooks, "Timeouts": 15–30 s).
+pub const MAX_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The most headers of its own that a connection may have.
+pub const MAX_HEADERS: usize = 32;
+
+/// The most bytes that a connection's own headers may have, names and values together.
+pub const MAX_HEADER_BYTES: usize = 8 * 1024;
+
+/// Frame the message or manage the connection (RFC 9110 §7.6.1, RFC 9112 §6), describe the body, or ask
+/// for an encoding that the bus does not decode. The bus sets them, or nobody does.
+const RESERVED_HEADERS: [&str; 14] = [
+    "accept-encoding",
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "expect",
+    "host",
+    "http2-settings",
+    "keep-alive",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+
+/// Standard Webhooks and CloudEvents binary mode.
+const RESERVED_PREFIXES: [&str; 2] = ["webhook-", "ce-"];
+
+/// Why a connection's own headers were refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum HeadersRefused {
+    /// More than [`MAX_HEADERS`].
+    #[error("there must be at most {MAX_HEADERS} headers")]
+    TooMany,
+    /// More than [`MAX_HEADER_BYTES`].
+    #[error("the headers must have at most {MAX_HEADER_BYTES} bytes, names and values together")]
+    TooLong,
+    /// Not a token (RFC 9110 §5.1).
+    #[error("{0:?} is not a header name")]
+    Name(String),
+    /// Other than printable ASCII, space and tab.
+    #[error("the value of {0} must be printable ASCII")]
+    Value(String),
+    /// See [`forbidden_header`].
+    #[error("the bus sets {0} itself")]
+    Forbidden(String),
+    /// The same name in different case.
+    #[error("{0} is given twice")]
+    Repeated(String),
+}
+
+/// Whether `name` (in any case) is the bus's to set, and never a connection's. An underscore counts as a
+/// hyphen: to a CGI or WSGI subscriber `webhook_id` and `webhook-id` are the same (RFC 3875 §4.1.18).
+pub fn forbidden_header(name: &str) -> bool {
+    let name = name.to_ascii_lowercase().replace('_', "-");
+    RESERVED_HEADERS.contains(&name.as_str())
+        || RESERVED_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Checks the headers that a connection wants to send besides the bus's own.
+///
+/// # Errors
+/// The first rule that they break. No error shows a value: it may be a credential.
+pub fn check_headers(headers: &BTreeMap<String, String>) -> Result<(), HeadersRefused> {
+    if headers.len() > MAX_HEADERS {
+        return Err(HeadersRefused::TooMany);
+    }
+    if headers.iter().map(|(name, value)| name.len() + value.len()).sum::<usize>() > MAX_HEADER_BYTES {
+        return Err(HeadersRefused::TooLong);
+    }
+    let mut seen = Vec::with_capacity(headers.len());
+    for (name, value) in headers {
+        let parsed =
+            HeaderName::from_bytes(name.as_bytes()).map_err(|_| HeadersRefused::Name(name.clone()))?;
+        if forbidden_header(name) {
+            return Err(HeadersRefused::Forbidden(name.clone()));
+        }
+        // Bytes above ASCII could be sent, but mean nothing that is agreed on (RFC 9110 §5.5).
+        if !value.bytes().all(|byte| byte == b'\t' || matches!(byte, b' '..=b'~')) {
+            return Err(HeadersRefused::Value(name.clone()));
+        }
+        if seen.contains(&parsed) {
+            return Err(HeadersRefused::Repeated(name.clone()));
+        }
+        seen.push(parsed);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(headers: &[(&str, &str)]) -> Result<(), HeadersRefused> {
+        check_headers(&headers.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect())
+    }
+
+    #[test]
+    fn what_the_bus_sets_is_forbidden_in_any_spelling() {
+        for name in [
+            "webhook-id",
+            "Webhook-Signature",
+            "WEBHOOK_TIMESTAMP",
+            "webhook-anything",
+            "ce-id",
+            "CE-Specversion",
+            "Content-Type",
+            "content_length",
+            "Host",
+            "Transfer-Encoding",
+            "connection",
+            "Upgrade",
+            "Accept-Encoding",
+        ] {
+            assert!(forbidden_header(name), "{name}");
+        }
+        for name in ["authorization", "X-Webhook-Id", "user-agent", "accept", "cookie", "cell", "webhook"] {
+            assert!(!forbidden_header(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn ordinary_headers_pass() {
+        assert_eq!(check(&[]), Ok(()));
+        assert_eq!(check(&[("Authorization", "Bearer a b\tc"), ("x-empty", "")]), Ok(()));
+    }
+
+    #[test]
+    fn the_first_broken_rule_is_named() {
+        assert_eq!(check(&[("a b", "x")]), Err(HeadersRefused::Name("a b".into())));
+        assert_eq!(check(&[("", "x")]), Err(HeadersRefused::Name(String::new())));
+        assert_eq!(check(&[("x-a\r\nhost", "x")]), Err(HeadersRefused::Name("x-a\r\nhost".into())));
+        assert_eq!(check(&[("x-a", "x\r\nhost: y")]), Err(HeadersRefused::Value("x-a".into())));
+        assert_eq!(check(&[("x-a", "ä")]), Err(HeadersRefused::Value("x-a".into())));
+        assert_eq!(check(&[("Host", "x")]), Err(HeadersRefused::Forbidden("Host".into())));
+        assert_eq!(check(&[("X-A", "1"), ("x-a", "2")]), Err(HeadersRefused::Repeated("x-a".into())));
+    }
+
+    #[test]
+    fn the_limits_are_exact() {
+        let many = |count| (0..count).map(|n| (format!("x-{n}"), String::new())).collect::<BTreeMap<_, _>>();
+        assert_eq!(check_headers(&many(MAX_HEADERS)), Ok(()));
+        assert_eq!(check_headers(&many(MAX_HEADERS + 1)), Err(HeadersRefused::TooMany));
+        let longest = "v".repeat(MAX_HEADER_BYTES - 3);
+        assert_eq!(check(&[("x-a", &longest)]), Ok(()));
+        assert_eq!(check(&[("x-ab", &longest)]), Err(HeadersRefused::TooLong));
+    }
+}

@@ -1,0 +1,129 @@
+//! Configuration: precedence, secrets, and what is refused.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::io::Write as _;
+
+use bus_core::{
+    config::{Backend, Common, ConfigError, Loaded, RoleConfig, load},
+    telemetry::Chain,
+};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::Deserialize;
+
+#[derive(Debug, Deserialize)]
+struct Role {
+    #[serde(default)]
+    admin_token: Option<SecretString>,
+}
+
+impl RoleConfig for Role {
+    const DEFAULTS: &'static str = "";
+
+    fn problem(&self, _: &Common) -> Option<String> {
+        None
+    }
+}
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn try_load(toml: Option<&str>, environment: &[(&str, &str)]) -> Result<Loaded<Role>, ConfigError> {
+    let file = toml.map(file);
+    let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    load(file.as_ref().map(|file| file.path()), environment)
+}
+
+const URLS: [(&str, &str); 2] =
+    [("DATABASE_URL", "postgres://u:secret@db/bus"), ("NATS_URL", "nats://u:secret@nats")];
+
+fn with(toml: Option<&str>, more: &[(&str, &str)]) -> Loaded<Role> {
+    try_load(toml, &[&URLS, more].concat()).unwrap_or_else(|refused| panic!("{}", Chain(&refused)))
+}
+
+fn refusal(toml: Option<&str>, environment: &[(&str, &str)]) -> String {
+    Chain(&try_load(toml, environment).err().expect("refused")).to_string()
+}
+
+#[test]
+fn the_environment_beats_the_file_and_the_file_the_defaults() {
+    let toml = "lanes = 8\nprefix = \"file\"";
+    let loaded = with(Some(toml), &[("EVENT_BUS_LANES", "16"), ("EVENT_BUS_BACKEND", "postgres")]);
+    assert_eq!((loaded.common.lanes, &*loaded.common.prefix), (16, "file"));
+    assert_eq!(loaded.common.backend, Backend::Postgres);
+    assert_eq!(loaded.common.postgres.max_connections, 10);
+}
+
+#[test]
+fn nested_keys_come_from_the_environment() {
+    let loaded = with(None, &[("EVENT_BUS_POSTGRES__MAX_CONNECTIONS", "7")]);
+    assert_eq!(loaded.common.postgres.max_connections, 7);
+}
+
+#[test]
+fn secrets_are_text_whatever_they_look_like() {
+    for token in ["123456", "true", "007", "{a=1}", "1e9", " x "] {
+        let loaded = with(None, &[("EVENT_BUS_ADMIN_TOKEN", token)]);
+        assert_eq!(loaded.config.admin_token.unwrap().expose_secret(), token);
+    }
+}
+
+#[test]
+fn secrets_come_from_files_without_their_last_line_break() {
+    let token = file("from-a-file\n");
+    let url = file("postgres://db/from-a-file\r\n");
+    let toml = format!("admin_token_file = {:?}\n[postgres]\nurl_file = {:?}", token.path(), url.path());
+    let loaded = try_load(Some(&toml), &[("NATS_URL", "nats://nats")]).unwrap();
+    assert_eq!(loaded.config.admin_token.unwrap().expose_secret(), "from-a-file");
+    assert_eq!(loaded.common.postgres.url.expose_secret(), "postgres://db/from-a-file");
+    let by_environment =
+        with(None, &[("EVENT_BUS_ADMIN_TOKEN_FILE", token.path().to_str().unwrap())]).config.admin_token;
+    assert_eq!(by_environment.unwrap().expose_secret(), "from-a-file");
+}
+
+#[test]
+fn what_is_shown_has_no_secret() {
+    let loaded = with(None, &[("EVENT_BUS_ADMIN_TOKEN", "hush")]);
+    assert_eq!(loaded.shown["postgres.url"], "[redacted]");
+    assert_eq!(loaded.shown["lanes"], "4");
+    let all = format!("{:?} {loaded:?}", loaded.shown);
+    assert!(!all.contains("hush") && !all.contains("secret@"), "{all}");
+}
+
+#[test]
+fn a_name_that_nobody_has_is_refused_and_named() {
+    assert!(refusal(None, &[&URLS[..], &[("EVENT_BUS_LNAES", "4")]].concat()).contains("lnaes"));
+    let nested = refusal(None, &[&URLS[..], &[("EVENT_BUS_POSTGRES__POOL", "4")]].concat());
+    assert!(nested.contains("pool"), "{nested}");
+    assert!(refusal(Some("[postgress]\nurl = 'x'"), &URLS).contains("postgress"));
+}
+
+#[test]
+fn sections_of_other_roles_and_the_variables_of_clients_do_no_harm() {
+    let others = [
+        ("EVENT_BUS_URL", "http://127.0.0.1:8080"),
+        ("EVENT_BUS_API_KEY", "ebk_x"),
+        ("EVENT_BUS_HTTP__LISTEN", "127.0.0.1:0"),
+    ];
+    with(None, &others);
+}
+
+#[test]
+fn what_does_not_go_together_is_refused_with_the_reason() {
+    let no_nats = refusal(None, &URLS[..1]);
+    assert!(no_nats.contains("NATS_URL"), "{no_nats}");
+    with(None, &[("EVENT_BUS_BACKEND", "postgres")]);
+    for (name, value, complaint) in [
+        ("EVENT_BUS_PREFIX", "a.b", "prefix"),
+        ("EVENT_BUS_LANES", "0", "lanes"),
+        ("EVENT_BUS_LANES", "many", "lanes"),
+        ("EVENT_BUS_NATS__REPLICAS", "6", "nats.replicas"),
+        ("EVENT_BUS_ADMIN_TOKEN_FILE", "/no/such/file", "/no/such/file"),
+    ] {
+        let refused = refusal(None, &[&URLS[..], &[(name, value)]].concat());
+        assert!(refused.contains(complaint), "{name}={value}: {refused}");
+    }
+}

@@ -1,0 +1,93 @@
+//! The loop of one lane: asks for no more than can be started at once.
+
+use std::{sync::Arc, time::Duration};
+
+use bus_core::{
+    launcher::{BoxError, Heartbeat},
+    queue::DeliveryQueue,
+    telemetry::Chain,
+};
+use futures::StreamExt as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+
+use crate::delivery::Deliverer;
+
+/// How long one pull stays open. A pull is never broken off, since what the broker has sent by then
+/// would wait for the end of its `ack_wait`; so this is also how long a stop takes when idle.
+pub const PULL_WAIT: Duration = Duration::from_secs(2);
+
+/// Between two pulls while the queue is away.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// One lane of one worker.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    pub(crate) number: u16,
+    pub(crate) in_flight: usize,
+    pub(crate) queue: Arc<dyn DeliveryQueue>,
+    pub(crate) deliverer: Arc<Deliverer>,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) beat: Heartbeat,
+    pub(crate) stop: CancellationToken,
+}
+
+impl Lane {
+    /// Runs until the stop; what was taken by then is finished by `tasks`.
+    pub(crate) async fn run(self) -> Result<(), BoxError> {
+        let slots = Arc::new(Semaphore::new(self.in_flight));
+        let mut failing = false;
+        while !self.stop.is_cancelled() {
+            self.beat.beat();
+            let Some(permits) = self.permits(&slots).await else { break };
+            match self.pull(permits).await {
+                Ok(()) if failing => {
+                    info!(lane = self.number, "Pulling again");
+                    failing = false;
+                }
+                Ok(()) => {}
+                Err(failed) => {
+                    // Said once; the readiness probe tells how long it lasts.
+                    if !failing {
+                        warn!(lane = self.number, error = %Chain(failed.as_ref()), "Cannot pull deliveries");
+                        failing = true;
+                    }
+                    self.stop.run_until_cancelled(tokio::time::sleep(AGAIN)).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for one free slot and takes all that are free. `None` at the stop.
+    async fn permits(&self, slots: &Arc<Semaphore>) -> Option<Vec<OwnedSemaphorePermit>> {
+        let first = loop {
+            let slot = tokio::time::timeout(PULL_WAIT, Arc::clone(slots).acquire_owned());
+            match self.stop.run_until_cancelled(slot).await? {
+                Ok(permit) => break permit.ok()?,
+                // Every slot is taken by a slow endpoint; the loop is alive all the same.
+                Err(_) => self.beat.beat(),
+            }
+        };
+        let mut permits = vec![first];
+        while let Ok(permit) = Arc::clone(slots).try_acquire_owned() {
+            permits.push(permit);
+        }
+        Some(permits)
+    }
+
+    async fn pull(&self, mut permits: Vec<OwnedSemaphorePermit>) -> Result<(), BoxError> {
+        let mut leased = self.queue.pull(self.number, permits.len(), PULL_WAIT).await?;
+        while let Some(next) = leased.next().await {
+            let leased = next?;
+            let permit = permits.pop().ok_or("the queue handed out more than was asked for")?;
+            let deliverer = Arc::clone(&self.deliverer);
+            self.tasks.spawn(async move {
+                deliverer.deliver(leased).await;
+                drop(permit);
+            });
+        }
+        Ok(())
+    }
+}

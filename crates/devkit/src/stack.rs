@@ -1,0 +1,409 @@
+//! The whole bus: servers, a database of its own, and any number of each binary.
+
+use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
+
+use anyhow::{Context, Result, ensure};
+use async_nats::jetstream;
+use futures::TryStreamExt;
+use sqlx::postgres::{PgPool, PgPoolOptions};
+
+use crate::{
+    client::ApiClient,
+    database::{self, Database},
+    paths::RunDir,
+    process::{Lifetime, Signal, describe_exit},
+    processes::{Role, RoleOptions, RoleProcess, bin_dir},
+    random_token,
+    servers::{Durability, NatsServer, PostgresServer, SharedServers, Tools, connect_nats, shared_servers},
+};
+
+/// Where the deliveries wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// In NATS JetStream.
+    Jetstream,
+    /// In the database.
+    Postgres,
+}
+
+impl Backend {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Jetstream, Self::Postgres];
+
+    /// Its name in the configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Jetstream => "jetstream",
+            Self::Postgres => "postgres",
+        }
+    }
+}
+
+/// Whose servers a stack uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServerChoice {
+    /// Those of [`shared_servers`]; the stack has a database and a subject prefix of its own.
+    Shared,
+    /// Its own, which the test may kill.
+    Own(Durability),
+}
+
+/// What a stack consists of.
+#[derive(Debug, Clone)]
+pub struct StackOptions {
+    /// How many of each binary.
+    pub replicas: BTreeMap<Role, usize>,
+    /// Where the deliveries wait.
+    pub backend: Backend,
+    /// Whose servers.
+    pub servers: ServerChoice,
+    /// Configuration for every binary of a role, or of all roles.
+    pub env: Vec<(Option<Role>, String, String)>,
+    /// The folder with the binaries; see [`bin_dir`].
+    pub bin_dir: Option<PathBuf>,
+}
+
+impl Default for StackOptions {
+    /// One of each binary on the shared servers, with JetStream.
+    fn default() -> Self {
+        Self {
+            replicas: Role::ALL.into_iter().map(|role| (role, 1)).collect(),
+            backend: Backend::Jetstream,
+            servers: ServerChoice::Shared,
+            env: Vec::new(),
+            bin_dir: None,
+        }
+    }
+}
+
+impl StackOptions {
+    /// With this many of one binary; none is a choice.
+    #[must_use]
+    pub fn replicas(mut self, role: Role, n: usize) -> Self {
+        self.replicas.insert(role, n);
+        self
+    }
+
+    /// With this backend.
+    #[must_use]
+    pub fn backend(mut self, backend: Backend) -> Self {
+        self.backend = backend;
+        self
+    }
+
+    /// On these servers.
+    #[must_use]
+    pub fn servers(mut self, servers: ServerChoice) -> Self {
+        self.servers = servers;
+        self
+    }
+
+    /// With a variable for every binary.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl ToString) -> Self {
+        self.env.push((None, name.to_owned(), value.to_string()));
+        self
+    }
+
+    /// With a variable for every binary of one role.
+    #[must_use]
+    pub fn role_env(mut self, role: Role, name: &str, value: impl ToString) -> Self {
+        self.env.push((Some(role), name.to_owned(), value.to_string()));
+        self
+    }
+}
+
+#[derive(Debug)]
+enum Servers {
+    Shared(Arc<SharedServers>),
+    Own { nats: Option<NatsServer>, postgres: Box<PostgresServer> },
+}
+
+/// A running bus. Its processes end with the value; [`shutdown`](Stack::shutdown) also checks that they
+/// end well.
+#[derive(Debug)]
+pub struct Stack {
+    options: StackOptions,
+    processes: Vec<RoleProcess>,
+    servers: Servers,
+    database: Database,
+    prefix: String,
+    admin_token: String,
+    bin_dir: PathBuf,
+    /// Removed after all that writes there has gone, since fields are dropped in order.
+    run: RunDir,
+}
+
+impl Stack {
+    /// Starts it, and waits until every binary is ready.
+    ///
+    /// # Errors
+    /// If a server or a binary does not start; then with the end of its log.
+    pub async fn start(options: StackOptions) -> Result<Self> {
+        let servers = match options.servers {
+            ServerChoice::Shared => Servers::Shared(shared_servers().await?),
+            ServerChoice::Own(durability) => own_servers(&options, durability).await?,
+        };
+        let server_url = match &servers {
+            Servers::Shared(shared) => shared.postgres_url().to_owned(),
+            Servers::Own { postgres, .. } => postgres.url("postgres"),
+        };
+        let database = Database::create(&server_url).await?;
+        let bin_dir = match &options.bin_dir {
+            Some(dir) => dir.clone(),
+            None => bin_dir()?,
+        };
+        let mut stack = Self {
+            processes: Vec::new(),
+            servers,
+            database,
+            prefix: random_token(8),
+            admin_token: random_token(16),
+            bin_dir,
+            run: RunDir::create()?,
+            options,
+        };
+        for (role, n) in stack.options.replicas.clone() {
+            for _ in 0..n {
+                stack.spawn(role, &[])?;
+            }
+        }
+        for process in &mut stack.processes {
+            process.wait_ready().await?;
+        }
+        Ok(stack)
+    }
+
+    /// Starts one more process of a role, with further variables, and gives its index among those of its
+    /// role. It is not ready yet.
+    ///
+    /// # Errors
+    /// If there is no such binary.
+    pub fn spawn(&mut self, role: Role, extra: &[(&str, &str)]) -> Result<usize> {
+        let index = self.processes.iter().filter(|process| process.role() == role).count();
+        let name = format!("{}-{index}", role.binary());
+        let mut env = vec![
+            ("EVENT_BUS_BACKEND".to_owned(), self.options.backend.name().to_owned()),
+            ("EVENT_BUS_PREFIX".to_owned(), self.prefix.clone()),
+            ("DATABASE_URL".to_owned(), self.database_url(role)?),
+        ];
+        if let Some(url) = self.nats_url() {
+            env.push(("NATS_URL".to_owned(), url));
+        }
+        if matches!(role, Role::Publisher | Role::DeliveryWorker) {
+            env.push(("EVENT_BUS_SINK__ALLOW_CIDRS".to_owned(), LOOPBACK.to_owned()));
+        }
+        if role == Role::Publisher {
+            env.push(("EVENT_BUS_ADMIN_TOKEN".to_owned(), self.admin_token.clone()));
+        }
+        for (only, name, value) in &self.options.env {
+            if only.is_none_or(|only| only == role) {
+                env.push((name.clone(), value.clone()));
+            }
+        }
+        env.extend(extra.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        let log = self.run.path().join("logs").join(format!("{name}.log"));
+        let dir = self.run.path().join("roles");
+        let lifetime = Lifetime::Owned(Signal::KILL);
+        let bin_dir = self.bin_dir.clone();
+        self.processes.push(RoleProcess::spawn(RoleOptions {
+            role,
+            name,
+            bin_dir,
+            dir,
+            log,
+            env,
+            lifetime,
+        })?);
+        Ok(index)
+    }
+
+    /// One process.
+    ///
+    /// # Panics
+    /// If there are not that many of its role.
+    pub fn process(&mut self, role: Role, index: usize) -> &mut RoleProcess {
+        let mut of_role = self.processes.iter_mut().filter(|process| process.role() == role);
+        of_role.nth(index).unwrap_or_else(|| panic!("this stack has no {}-{index}", role.binary()))
+    }
+
+    /// One publisher.
+    ///
+    /// # Panics
+    /// If there are not that many.
+    pub fn publisher(&mut self, index: usize) -> &mut RoleProcess {
+        self.process(Role::Publisher, index)
+    }
+
+    /// One delivery worker.
+    ///
+    /// # Panics
+    /// If there are not that many.
+    pub fn worker(&mut self, index: usize) -> &mut RoleProcess {
+        self.process(Role::DeliveryWorker, index)
+    }
+
+    /// A client without a credential at one publisher.
+    ///
+    /// # Errors
+    /// If the HTTP client cannot be set up.
+    ///
+    /// # Panics
+    /// If there are not that many publishers.
+    pub fn client(&mut self, publisher: usize) -> Result<ApiClient> {
+        ApiClient::new(self.publisher(publisher).http_url())
+    }
+
+    /// A client with the admin token at one publisher.
+    ///
+    /// # Errors
+    /// If the HTTP client cannot be set up.
+    ///
+    /// # Panics
+    /// If there are not that many publishers.
+    pub fn admin(&mut self, publisher: usize) -> Result<ApiClient> {
+        Ok(self.client(publisher)?.with_token(&self.admin_token))
+    }
+
+    /// The publishers' admin token.
+    #[must_use]
+    pub fn admin_token(&self) -> &str {
+        &self.admin_token
+    }
+
+    /// The first token of its subjects.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// How a binary connects to the database.
+    ///
+    /// # Errors
+    /// If the owner's URL is none.
+    pub fn database_url(&self, role: Role) -> Result<String> {
+        database::role_url(self.database.url(), role)
+    }
+
+    /// How the owner connects to the database.
+    #[must_use]
+    pub fn owner_url(&self) -> &str {
+        self.database.url()
+    }
+
+    /// A pool of connections as the owner.
+    ///
+    /// # Errors
+    /// If it cannot connect.
+    pub async fn owner_pool(&self) -> Result<PgPool> {
+        Ok(PgPoolOptions::new().max_connections(4).connect(self.database.url()).await?)
+    }
+
+    /// How to connect to NATS, if this stack has one.
+    #[must_use]
+    pub fn nats_url(&self) -> Option<String> {
+        match &self.servers {
+            _ if self.options.backend == Backend::Postgres => None,
+            Servers::Shared(shared) => Some(shared.nats_url().to_owned()),
+            Servers::Own { nats, .. } => nats.as_ref().map(NatsServer::url),
+        }
+    }
+
+    /// Its own nats-server, to be killed and restarted.
+    ///
+    /// # Panics
+    /// If the stack does not have one of its own.
+    pub fn nats(&mut self) -> &mut NatsServer {
+        match &mut self.servers {
+            Servers::Own { nats: Some(nats), .. } => nats,
+            _ => panic!("this stack has no nats-server of its own"),
+        }
+    }
+
+    /// Its own Postgres, to be killed and restarted.
+    ///
+    /// # Panics
+    /// If the stack does not have one of its own.
+    pub fn postgres(&mut self) -> &mut PostgresServer {
+        match &mut self.servers {
+            Servers::Own { postgres, .. } => postgres,
+            Servers::Shared(_) => panic!("this stack has no Postgres of its own"),
+        }
+    }
+
+    /// Where the processes write.
+    #[must_use]
+    pub fn logs(&self) -> PathBuf {
+        self.run.path().join("logs")
+    }
+
+    /// What every process has written, for a message after a failure.
+    #[must_use]
+    pub fn all_logs(&self) -> String {
+        let sections = self.processes.iter().map(|process| {
+            let text = fs::read_to_string(process.log()).unwrap_or_else(|error| error.to_string());
+            format!("── {}\n{text}", process.name())
+        });
+        sections.collect::<Vec<_>>().join("\n")
+    }
+
+    /// Ends it: every binary that runs must drain and exit with 0. Then the database and the streams go.
+    ///
+    /// # Errors
+    /// If a binary ends otherwise; then with the end of its log.
+    pub async fn shutdown(mut self) -> Result<()> {
+        let mut draining = Vec::new();
+        for (index, process) in self.processes.iter_mut().enumerate() {
+            if process.is_running()? {
+                process.sigterm()?;
+                draining.push(index);
+            }
+        }
+        for index in draining {
+            let process = &mut self.processes[index];
+            let status = process.wait_exit().await?;
+            ensure!(
+                status.success(),
+                "{} did not drain, but ended with {}:\n{}",
+                process.name(),
+                describe_exit(status),
+                process.log_text()?
+            );
+        }
+        if let Servers::Shared(shared) = &self.servers {
+            delete_streams(shared.nats_url(), &self.prefix).await?;
+            self.database.drop().await?;
+        }
+        Ok(())
+    }
+}
+
+/// What the binaries may connect to besides public addresses: the receivers of a test.
+const LOOPBACK: &str = r#"["127.0.0.0/8","::1/128"]"#;
+
+async fn own_servers(options: &StackOptions, durability: Durability) -> Result<Servers> {
+    let tools = tokio::task::spawn_blocking(Tools::locate).await??;
+    let nats = async {
+        Ok(match options.backend {
+            Backend::Jetstream => Some(NatsServer::private(&tools).await?),
+            Backend::Postgres => None,
+        })
+    };
+    let (nats, postgres) = tokio::try_join!(nats, PostgresServer::private(&tools, durability))?;
+    Ok(Servers::Own { nats, postgres: Box::new(postgres) })
+}
+
+/// Removes the streams with subjects of one deployment from a server that others use too.
+async fn delete_streams(nats_url: &str, prefix: &str) -> Result<()> {
+    let client = connect_nats(nats_url).await?;
+    let jetstream = jetstream::new(client);
+    let streams: Vec<_> = jetstream.streams().try_collect().await.context("list the streams")?;
+    for stream in streams {
+        let subjects = &stream.config.subjects;
+        if subjects.iter().any(|subject| subject.split('.').next() == Some(prefix)) {
+            jetstream.delete_stream(&stream.config.name).await.context("delete a stream of a test")?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! Connections as they are shown.
+
+use std::collections::BTreeMap;
+
+use bus_core::{
+    connection::{Connection, ContentMode, Target},
+    ids::ConnectionId,
+};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+/// Stands for a header's value that is not shown.
+pub(super) const REDACTED: &str = "***";
+
+/// A header whose name contains one of these carries a credential, as far as can be told.
+const SENSITIVE: [&str; 8] =
+    ["auth", "cookie", "credential", "key", "password", "secret", "signature", "token"];
+
+/// Whether the value of that header is hidden.
+pub(super) fn is_sensitive(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    SENSITIVE.iter().any(|part| name.contains(part))
+}
+
+/// What a connection can do: `webhook` publishes and receives signed HTTP requests; `publisher` is an
+/// identity to publish under and receives nothing
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = ConnectionKind)]
+pub(super) enum Kind {
+    Webhook,
+    Publisher,
+}
+
+/// How an event is laid out in a request (CloudEvents HTTP binding): all of it as the JSON body
+/// (`structured`), or the payload as the body and the attributes as `ce-` headers (`binary`)
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = ContentMode)]
+pub(super) enum ContentModeName {
+    Structured,
+    Binary,
+}
+
+impl From<ContentModeName> for ContentMode {
+    fn from(name: ContentModeName) -> Self {
+        match name {
+            ContentModeName::Structured => Self::Structured,
+            ContentModeName::Binary => Self::Binary,
+        }
+    }
+}
+
+impl From<ContentMode> for ContentModeName {
+    fn from(mode: ContentMode) -> Self {
+        match mode {
+            ContentMode::Structured => Self::Structured,
+            ContentMode::Binary => Self::Binary,
+        }
+    }
+}
+
+/// A connection
+#[derive(Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(as = Connection)]
+pub(in crate::api) struct ConnectionView {
+    #[schema(value_type = Uuid)]
+    id: ConnectionId,
+    name: String,
+    kind: Kind,
+    /// Nothing is delivered while this is false.
+    enabled: bool,
+    /// Why the bus disabled the connection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disabled_reason: Option<String>,
+    /// Only of a webhook.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(format = Uri)]
+    url: Option<String>,
+    /// Only of a webhook. Values of headers that may carry a credential are shown as `***`: those whose
+    /// name contains auth, cookie, credential, key, password, secret, signature or token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    headers: Option<BTreeMap<String, String>>,
+    /// Only of a webhook; milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeout_ms: Option<u64>,
+    /// Only of a webhook.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content_mode: Option<ContentModeName>,
+    /// A new signing secret, shown once when it is set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(read_only)]
+    pub(super) secret: Option<String>,
+    #[schema(value_type = String, format = DateTime)]
+    created_at: Timestamp,
+    #[schema(value_type = String, format = DateTime)]
+    updated_at: Timestamp,
+}
+
+impl From<Connection> for ConnectionView {
+    fn from(connection: Connection) -> Self {
+        let mut view = Self {
+            id: connection.id,
+            name: connection.name,
+            kind: Kind::Publisher,
+            enabled: connection.enabled,
+            disabled_reason: connection.disabled_reason,
+            url: None,
+            headers: None,
+            timeout_ms: None,
+            content_mode: None,
+            secret: None,
+            created_at: connection.created_at,
+            updated_at: connection.updated_at,
+        };
+        if let Target::Webhook(webhook) = connection.target {
+            view.kind = Kind::Webhook;
+            view.url = Some(webhook.url.into());
+            view.headers = Some(webhook.headers.into_iter().map(redact).collect());
+            view.timeout_ms = u64::try_from(webhook.timeout.as_millis()).ok();
+            view.content_mode = Some(webhook.content_mode.into());
+        }
+        view
+    }
+}
+
+fn redact((name, value): (String, String)) -> (String, String) {
+    let value = if is_sensitive(&name) { REDACTED.to_owned() } else { value };
+    (name, value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_that_may_carry_credentials_are_hidden() {
+        for name in ["authorization", "Proxy-Authorization", "cookie", "x-api-key", "X-Auth-Token", "x-hub-signature"] {
+            assert!(is_sensitive(name), "{name}");
+        }
+        for name in ["user-agent", "x-environment", "accept"] {
+            assert!(!is_sensitive(name), "{name}");
+        }
+    }
+}

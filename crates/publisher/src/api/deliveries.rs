@@ -1,0 +1,142 @@
+//! What became of an event.
+
+use axum::{Json as Answer, extract::State};
+use bus_core::{
+    ids::{ConnectionId, DeliveryId, SubscriptionId},
+    pg::{self, AttemptRecord, DeliveryRecord, DeliveryStatus},
+};
+use jiff::Timestamp;
+use serde::Serialize;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::{
+    Api,
+    auth::{Authorized, History},
+    extract::{Id, Query},
+    history::{SourceQuery, find},
+    openapi::EventProblems,
+    page::Page,
+    problem::Problem,
+};
+
+/// Where a delivery stands: `pending`, not attempted yet as far as is known; `waiting` for another
+/// attempt; `delivered`; `dead`, given up
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+#[schema(as = DeliveryStatus)]
+enum StatusName {
+    Pending,
+    Waiting,
+    Delivered,
+    Dead,
+}
+
+impl From<DeliveryStatus> for StatusName {
+    fn from(status: DeliveryStatus) -> Self {
+        match status {
+            DeliveryStatus::Pending => Self::Pending,
+            DeliveryStatus::Waiting => Self::Waiting,
+            DeliveryStatus::Delivered => Self::Delivered,
+            DeliveryStatus::Dead => Self::Dead,
+        }
+    }
+}
+
+/// One event for one subscription
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(as = Delivery)]
+pub(super) struct DeliveryView {
+    /// The `webhook-id` of all its attempts.
+    #[schema(value_type = Uuid)]
+    id: DeliveryId,
+    #[schema(value_type = Uuid)]
+    subscription_id: SubscriptionId,
+    #[schema(value_type = Uuid)]
+    connection_id: ConnectionId,
+    status: StatusName,
+    /// When it is tried next, if that is more than a few seconds away.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    next_attempt_at: Option<Timestamp>,
+    /// Why it waits or was given up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    attempts: Vec<AttemptView>,
+}
+
+/// One finished attempt
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(as = Attempt)]
+struct AttemptView {
+    /// 1 is the first.
+    attempt: u32,
+    /// `delivered`, `failed` or `dead`.
+    outcome: String,
+    /// The HTTP status, if an answer came.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<u16>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    /// When it began.
+    #[schema(value_type = String, format = DateTime)]
+    at: Timestamp,
+    /// How long it took, milliseconds.
+    duration_ms: u32,
+}
+
+impl From<DeliveryRecord> for DeliveryView {
+    fn from(record: DeliveryRecord) -> Self {
+        Self {
+            id: record.id,
+            subscription_id: record.subscription,
+            connection_id: record.connection,
+            status: record.status.into(),
+            next_attempt_at: record.next_attempt_at,
+            reason: record.reason,
+            attempts: record.attempts.into_iter().map(AttemptView::from).collect(),
+        }
+    }
+}
+
+impl From<AttemptRecord> for AttemptView {
+    fn from(record: AttemptRecord) -> Self {
+        Self {
+            attempt: record.attempt,
+            outcome: record.outcome,
+            status: record.status,
+            error: record.error,
+            at: record.at,
+            duration_ms: record.duration_ms,
+        }
+    }
+}
+
+/// List the deliveries of an event
+///
+/// One for each subscription that matched, all in one part. Attempts appear about a second after they
+/// were made.
+#[utoipa::path(
+    get,
+    path = "/v1/events/{id}/deliveries",
+    tag = "events",
+    operation_id = "listDeliveries",
+    params(("id" = String, Path, description = "The event's `uid` or CloudEvents `id`"), SourceQuery),
+    responses((status = 200, description = "The deliveries", body = Page<DeliveryView>), EventProblems),
+    security(("apiKey" = ["read"]))
+)]
+pub(super) async fn list(
+    State(api): State<Api>,
+    Authorized(principal, _): Authorized<History>,
+    Id(id): Id<String>,
+    Query(query): Query<SourceQuery>,
+) -> Result<Answer<Page<DeliveryView>>, Problem> {
+    let uid = find(&api, principal.organization, &id, query.source.as_deref()).await?;
+    let records = pg::event_deliveries(&api.pool, principal.organization, uid)
+        .await?
+        .ok_or_else(Problem::not_found)?;
+    Ok(Answer(Page { items: records.into_iter().map(DeliveryView::from).collect(), next_cursor: None }))
+}

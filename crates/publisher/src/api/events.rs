@@ -1,0 +1,239 @@
+//! Publishing.
+
+mod idempotency;
+
+use axum::{
+    Json as Answer,
+    extract::{Request, State},
+    response::{IntoResponse as _, Response},
+};
+use bus_core::{
+    cloudevent::{CloudEvent, Draft, EventError, EventErrorKind, Submission, parse_http},
+    ids::EventUid,
+};
+use http::StatusCode;
+use jiff::Timestamp;
+use serde::Serialize;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use self::idempotency::read_idempotency;
+use super::{
+    Api,
+    auth::{Principal, PublishAccess},
+    extract::read_body,
+    openapi::PublishProblems,
+    problem::{FieldError, Problem, ProblemType},
+};
+use crate::ingest::{Accepted, Publish, PublishError};
+
+/// What became of an event
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct AcceptedEvent {
+    /// The CloudEvents `id`; the `uid` if the event had none.
+    id: String,
+    /// The bus's own id, unique.
+    #[schema(value_type = Uuid)]
+    uid: EventUid,
+    /// The CloudEvents `source`.
+    source: String,
+    r#type: String,
+    /// The CloudEvents `time`; when the event arrived if it had none.
+    #[schema(value_type = String, format = DateTime)]
+    time: Timestamp,
+    /// It had been published before, and nothing is delivered again; absent if not.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[schema(required = false)]
+    duplicate: bool,
+}
+
+impl From<Accepted> for AcceptedEvent {
+    fn from(accepted: Accepted) -> Self {
+        let identity = accepted.identity;
+        Self {
+            id: identity.id,
+            uid: identity.uid,
+            source: identity.source,
+            r#type: identity.r#type,
+            time: identity.time,
+            duplicate: accepted.duplicate,
+        }
+    }
+}
+
+/// What became of the events of a batch, in its order
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct AcceptedBatch {
+    items: Vec<AcceptedEvent>,
+}
+
+/// One event or several
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+#[allow(dead_code, reason = "the document's name for the two forms of the answer")]
+pub(super) enum AcceptedAnswer {
+    /// The answer to one event.
+    One(AcceptedEvent),
+    /// The answer to a batch.
+    Batch(AcceptedBatch),
+}
+
+/// An event as plain JSON. Members that are not listed are CloudEvents extension attributes: 1 to 20 of
+/// a–z and 0–9, with a string, a boolean or a 32-bit integer
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "describes what bus_core::cloudevent reads")]
+pub(super) struct PlainEvent {
+    #[schema(min_length = 1, max_length = 255)]
+    r#type: String,
+    /// The payload: any JSON value. `null` is one too.
+    #[schema(value_type = Object, nullable, required = false)]
+    data: Option<serde_json::Value>,
+    /// The payload as Base64, instead of `data`.
+    data_base64: Option<String>,
+    #[schema(max_length = 1024)]
+    subject: Option<String>,
+    /// A URI reference; `/connections/<id>` or `/organizations/<id>` of the key if absent.
+    #[schema(max_length = 1024, format = UriReference)]
+    source: Option<String>,
+    /// Unique within the source; generated if absent.
+    #[schema(max_length = 255)]
+    id: Option<String>,
+    /// Now if absent.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    time: Option<String>,
+    datacontenttype: Option<String>,
+    #[schema(format = Uri)]
+    dataschema: Option<String>,
+}
+
+/// An event in the JSON format of CloudEvents 1.0, with any extension attributes
+#[derive(ToSchema)]
+#[schema(as = CloudEvent)]
+#[allow(dead_code, reason = "describes what bus_core::cloudevent reads")]
+pub(super) struct CloudEventBody {
+    #[schema(pattern = "^1\\.0$")]
+    specversion: String,
+    #[schema(min_length = 1, max_length = 255)]
+    id: String,
+    #[schema(min_length = 1, max_length = 1024, format = UriReference)]
+    source: String,
+    #[schema(min_length = 1, max_length = 255)]
+    r#type: String,
+    #[schema(max_length = 1024)]
+    subject: Option<String>,
+    #[schema(value_type = Option<String>, format = DateTime)]
+    time: Option<String>,
+    datacontenttype: Option<String>,
+    #[schema(format = Uri)]
+    dataschema: Option<String>,
+    /// The payload: any JSON value.
+    #[schema(value_type = Object, nullable, required = false)]
+    data: Option<serde_json::Value>,
+    /// The payload as Base64, instead of `data`.
+    data_base64: Option<String>,
+}
+
+/// Publish one event or a batch
+///
+/// Plain JSON (an object, or an array for a batch), or CloudEvents 1.0 in structured, batch or binary
+/// mode (`ce-` headers, the payload as the body). The answer comes when the events are committed: from
+/// then on they reach every subscription that matches. An event with an `id` that was published before
+/// from the same `source`, within the deduplication window, is not published again.
+#[utoipa::path(
+    post,
+    path = "/v1/events",
+    tag = "events",
+    operation_id = "publishEvents",
+    params((
+        "Idempotency-Key" = Option<String>, Header,
+        description = "For plain JSON: the same key with the same body publishes once within the deduplication \
+                       window. A structured-field string (`\"…\"`) or a bare token of 1 to 255 printable ASCII \
+                       characters"
+    )),
+    request_body(content(
+        (PlainEvent = "application/json"),
+        (CloudEventBody = "application/cloudevents+json"),
+        (Vec<CloudEventBody> = "application/cloudevents-batch+json"),
+        (Vec<u8> = "*/*")
+    )),
+    responses((status = 202, description = "Committed", body = AcceptedAnswer), PublishProblems),
+    security(("apiKey" = ["publish"]))
+)]
+pub(super) async fn publish(
+    State(api): State<Api>,
+    access: PublishAccess,
+    request: Request,
+) -> Result<Response, Problem> {
+    let (parts, body) = request.into_parts();
+    let body = read_body(&api.room, &parts.headers, body, api.max_body_bytes).await?;
+    let idempotency = read_idempotency(&parts.headers, &body.bytes)?;
+    let submission = parse_http(&parts.headers, &body.bytes, &api.limits)?;
+    let (drafts, batch) = match submission {
+        Submission::Single(draft) => (vec![draft], false),
+        Submission::Batch(drafts) => (drafts, true),
+    };
+    let explicit_id = drafts.iter().map(|draft| draft.id.is_some()).collect();
+    let uids: Vec<EventUid> = drafts.iter().map(|_| EventUid(api.ids.next())).collect();
+    let now = api.clock.now();
+    let events =
+        drafts.into_iter().zip(&uids).map(|(draft, uid)| complete(draft, *uid, &access.principal, now)).collect();
+    let publish = Publish { principal: access.principal, events, explicit_id, uids, idempotency };
+    let accepted = match api.ingest.publish(publish).await {
+        Ok(accepted) => accepted,
+        Err(refused) => return Err(not_published(&api, access, refused).await),
+    };
+    let mut items = accepted.into_iter().map(AcceptedEvent::from);
+    let answer = match (batch, items.next()) {
+        (false, Some(one)) => Answer(one).into_response(),
+        (_, first) => Answer(AcceptedBatch { items: first.into_iter().chain(items).collect() }).into_response(),
+    };
+    Ok((StatusCode::ACCEPTED, answer).into_response())
+}
+
+/// Fills in what plain JSON may leave out.
+pub(super) fn complete(draft: Draft, uid: EventUid, principal: &Principal, now: Timestamp) -> CloudEvent {
+    let source = || match principal.connection {
+        Some(connection) => format!("/connections/{connection}"),
+        None => format!("/organizations/{}", principal.organization),
+    };
+    draft.complete(|| uid.to_string(), source, now)
+}
+
+async fn not_published(api: &Api, access: PublishAccess, refused: PublishError) -> Problem {
+    match refused {
+        PublishError::KeyRevoked => {
+            api.key_cache.forget(&access.credential).await;
+            Problem::new(ProblemType::Unauthorized, "the key was revoked or has expired")
+        }
+        PublishError::IdempotencyMismatch => Problem::new(
+            ProblemType::IdempotencyKeyReused,
+            "this Idempotency-Key was used with another body; use a new key for a new request",
+        ),
+        PublishError::Busy { retry_after } => {
+            Problem::overloaded("too many events wait for their commit; nothing was published", retry_after)
+        }
+        PublishError::Store(cause) => Problem::store(cause),
+    }
+}
+
+impl From<EventError> for Problem {
+    fn from(error: EventError) -> Self {
+        let kind = match error.kind {
+            EventErrorKind::Malformed => ProblemType::MalformedEvent,
+            EventErrorKind::UnsupportedMedia => ProblemType::UnsupportedMediaType,
+            EventErrorKind::TooLarge | EventErrorKind::TooMany => ProblemType::TooLarge,
+            EventErrorKind::InvalidAttribute
+            | EventErrorKind::InvalidData
+            | EventErrorKind::NotSupported => ProblemType::InvalidFields,
+        };
+        let place = match (error.pointer, error.header) {
+            (Some(pointer), _) => Some(FieldError::at(pointer, error.detail.clone())),
+            (None, Some(header)) => Some(FieldError::header(header, error.detail.clone())),
+            (None, None) if kind == ProblemType::InvalidFields => Some(FieldError::at("", error.detail.clone())),
+            (None, None) => None,
+        };
+        Self { errors: place.into_iter().collect(), ..Self::new(kind, error.detail) }
+    }
+}

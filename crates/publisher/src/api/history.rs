@@ -1,0 +1,215 @@
+//! Stored events.
+
+use axum::{Json as Answer, extract::State};
+use bus_core::{
+    ids::{ConnectionId, EventUid, OrganizationId, SubscriptionId},
+    pattern::TypePattern,
+    pg::{self, EventQuery, StoredEvent},
+};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::{
+    Api,
+    auth::{Authorized, History},
+    extract::{Id, Query},
+    openapi::{EventProblems, ListProblems},
+    page::{Cursor, Limit, Page, cursor},
+    problem::{FieldError, Problem, ProblemType},
+};
+
+/// How many events the answer to an ambiguous id names.
+const MAX_CANDIDATES: u32 = 20;
+
+/// A stored event
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(as = StoredEvent)]
+pub(super) struct EventView {
+    /// The bus's own id, unique.
+    #[schema(value_type = Uuid)]
+    uid: EventUid,
+    /// The CloudEvents `id`, unique together with `source`.
+    id: String,
+    source: String,
+    r#type: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    subject: Option<String>,
+    #[schema(value_type = String, format = DateTime)]
+    time: Timestamp,
+    #[schema(value_type = String, format = DateTime)]
+    received_at: Timestamp,
+    /// The connection that published it, if the key was bound to one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Uuid>)]
+    publisher: Option<ConnectionId>,
+    /// The subscriptions that matched.
+    #[schema(value_type = Vec<Uuid>)]
+    subscriptions: Vec<SubscriptionId>,
+    /// The CloudEvent in the JSON format, as it is delivered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    event: Option<Box<RawValue>>,
+}
+
+impl TryFrom<StoredEvent> for EventView {
+    type Error = Problem;
+
+    fn try_from(stored: StoredEvent) -> Result<Self, Problem> {
+        let event = stored.body.map(|body| serde_json::from_slice(&body)).transpose().map_err(|error| {
+            tracing::error!(event.uid = %stored.uid, %error, "Stored event is not JSON");
+            Problem::internal()
+        })?;
+        Ok(Self {
+            uid: stored.uid,
+            id: stored.id,
+            source: stored.source,
+            r#type: stored.r#type,
+            subject: stored.subject,
+            time: stored.time,
+            received_at: stored.received_at,
+            publisher: stored.publisher,
+            subscriptions: stored.subscriptions,
+            event,
+        })
+    }
+}
+
+/// Tells events with one CloudEvents `id` apart.
+#[derive(Deserialize, IntoParams)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct SourceQuery {
+    /// The CloudEvents `source`; with it, `id` in the path is the CloudEvents `id`.
+    pub(super) source: Option<String>,
+}
+
+/// Postgres's text cannot hold it, and no attribute of an event can.
+fn has_nul(text: &str) -> bool {
+    text.contains('\0')
+}
+
+/// The event that is meant by a uid, or by a CloudEvents id and perhaps its source.
+pub(super) async fn find(
+    api: &Api,
+    organization: OrganizationId,
+    id: &str,
+    source: Option<&str>,
+) -> Result<EventUid, Problem> {
+    if has_nul(id) || source.is_some_and(has_nul) {
+        return Err(Problem::not_found());
+    }
+    // A producer may use UUIDs too, so a UUID is not always a uid.
+    if source.is_none()
+        && let Ok(uid) = id.parse()
+        && pg::has_event(&api.pool, organization, uid).await?
+    {
+        return Ok(uid);
+    }
+    let uids = pg::event_uids(&api.pool, organization, id, source, MAX_CANDIDATES).await?;
+    match uids.as_slice() {
+        [] => Err(Problem::not_found()),
+        [uid] => Ok(*uid),
+        _ => {
+            let detail = "several events have this id; name one by its uid, or give its source";
+            Err(Problem { uids, ..Problem::new(ProblemType::AmbiguousEvent, detail) })
+        }
+    }
+}
+
+/// Read an event
+#[utoipa::path(
+    get,
+    path = "/v1/events/{id}",
+    tag = "events",
+    operation_id = "getEvent",
+    params(("id" = String, Path, description = "The event's `uid` or CloudEvents `id`"), SourceQuery),
+    responses((status = 200, description = "The event", body = EventView), EventProblems),
+    security(("apiKey" = ["read"]))
+)]
+pub(super) async fn get(
+    State(api): State<Api>,
+    Authorized(principal, _): Authorized<History>,
+    Id(id): Id<String>,
+    Query(query): Query<SourceQuery>,
+) -> Result<Answer<EventView>, Problem> {
+    let uid = find(&api, principal.organization, &id, query.source.as_deref()).await?;
+    let stored = pg::event(&api.pool, principal.organization, uid).await?.ok_or_else(Problem::not_found)?;
+    EventView::try_from(stored).map(Answer)
+}
+
+/// What a list shows besides the attributes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Include {
+    /// The CloudEvents themselves.
+    Event,
+}
+
+/// Which events to list.
+#[derive(Deserialize, IntoParams)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ListQuery {
+    /// Only those of this type; may have wildcards like the `eventType` of a subscription.
+    r#type: Option<String>,
+    /// Only those of this source.
+    source: Option<String>,
+    /// Only those received at this time or later (RFC 3339, whole milliseconds).
+    #[param(value_type = Option<String>, format = DateTime)]
+    since: Option<Timestamp>,
+    /// Only those received before this time (RFC 3339, whole milliseconds).
+    #[param(value_type = Option<String>, format = DateTime)]
+    until: Option<Timestamp>,
+    /// `event` to have the CloudEvents themselves in the list.
+    #[param(value_type = Option<Include>, inline)]
+    include: Option<Include>,
+    /// The most items to give.
+    #[param(value_type = Option<u32>, minimum = 1, maximum = 200, default = 50)]
+    limit: Option<Limit>,
+    /// The `nextCursor` of the part before.
+    #[param(value_type = Option<String>)]
+    cursor: Option<Cursor>,
+}
+
+/// List events, newest first
+///
+/// The order is that of arrival at the millisecond, not of the events' own `time`. One request looks at
+/// a bounded number of events and bytes: a part may have fewer items than `limit`, or none, and still a
+/// `nextCursor`.
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    tag = "events",
+    operation_id = "listEvents",
+    params(ListQuery),
+    responses((status = 200, description = "A part of the list", body = Page<EventView>), ListProblems),
+    security(("apiKey" = ["read"]))
+)]
+pub(super) async fn list(
+    State(api): State<Api>,
+    Authorized(principal, _): Authorized<History>,
+    Query(query): Query<ListQuery>,
+) -> Result<Answer<Page<EventView>>, Problem> {
+    let event_type = query.r#type.as_deref().map(TypePattern::parse).transpose();
+    let event_type = event_type
+        .map_err(|error| Problem::invalid(vec![FieldError::parameter("type", error.to_string())]))?;
+    if query.source.as_deref().is_some_and(has_nul) {
+        return Ok(Answer(Page { items: Vec::new(), next_cursor: None }));
+    }
+    let query = EventQuery {
+        event_type,
+        source: query.source,
+        since: query.since,
+        until: query.until,
+        before: query.cursor.map(|cursor| EventUid(cursor.0)),
+        limit: query.limit.unwrap_or_default().0,
+        bodies: query.include == Some(Include::Event),
+    };
+    let page = pg::events(&api.pool, principal.organization, &query).await?;
+    let items = page.items.into_iter().map(EventView::try_from).collect::<Result<_, _>>()?;
+    Ok(Answer(Page { items, next_cursor: page.next.map(|uid| cursor(uid.0)) }))
+}

@@ -1,0 +1,136 @@
+//! The OpenAPI document's common parts; each handler describes itself.
+
+use std::collections::BTreeMap;
+
+use http::StatusCode;
+use utoipa::{
+    Modify, OpenApi,
+    openapi::{
+        Content, HeaderBuilder, Object, OpenApi as Document, Ref, RefOr, Response, ResponseBuilder, Type,
+        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+    },
+};
+
+use super::problem::{FieldError, PROBLEM_JSON, ProblemBody, ProblemType};
+
+/// The document without its paths.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Event bus",
+        description = "Publish CloudEvents, and say what is to be delivered where. Every error is an \
+                       `application/problem+json` (RFC 9457) whose `type` is stable.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0"),
+    ),
+    tags(
+        (name = "events", description = "Publish events and read what became of them"),
+        (name = "connections", description = "Who publishes, and where events go"),
+        (name = "subscriptions", description = "What a connection receives"),
+        (name = "admin", description = "Organizations and their API keys"),
+        (name = "meta", description = "This document"),
+    ),
+    components(schemas(ProblemBody<'static>, FieldError)),
+    modifiers(&SecuritySchemes),
+)]
+pub(super) struct Base;
+
+struct SecuritySchemes;
+
+impl Modify for SecuritySchemes {
+    fn modify(&self, document: &mut Document) {
+        let bearer = |description: &str| {
+            let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(description)).build();
+            SecurityScheme::Http(scheme)
+        };
+        let components = document.components.get_or_insert_default();
+        components.add_security_scheme(
+            "apiKey",
+            bearer("A key of an organization (`ebk_…`); the scopes that an operation needs are listed with it"),
+        );
+        components.add_security_scheme("adminToken", bearer("The administrator's token, from the configuration"));
+    }
+}
+
+/// The answers to a request that met one of these problems.
+pub(super) fn problem_responses(kinds: &[ProblemType]) -> BTreeMap<String, RefOr<Response>> {
+    let mut by_status: BTreeMap<u16, Vec<ProblemType>> = BTreeMap::new();
+    for kind in kinds {
+        by_status.entry(kind.status().as_u16()).or_default().push(*kind);
+    }
+    by_status.into_iter().map(|(status, kinds)| (status.to_string(), problem_response(status, &kinds).into())).collect()
+}
+
+fn problem_response(status: u16, kinds: &[ProblemType]) -> Response {
+    let lines: Vec<_> = kinds.iter().map(|kind| format!("`{}`: {}", kind.slug(), kind.meaning())).collect();
+    let mut response = ResponseBuilder::new()
+        .description(lines.join("\n\n"))
+        .content(PROBLEM_JSON, Content::new(Some(Ref::from_schema_name("Problem"))));
+    let header = |description: &str, r#type: Type| {
+        HeaderBuilder::new().schema(Object::with_type(r#type)).description(Some(description)).build()
+    };
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        response = response.header("Retry-After", header("When to try again, seconds", Type::Integer));
+    }
+    if status == StatusCode::UNAUTHORIZED {
+        response = response.header("WWW-Authenticate", header("`Bearer`", Type::String));
+    }
+    response.build()
+}
+
+/// Names sets of problems, for the `responses(…)` of handlers. What any authenticated request may meet
+/// is in every set.
+macro_rules! problem_sets {
+    ($($(#[$doc:meta])* $name:ident = $($kind:ident),*;)*) => {
+        $(
+            $(#[$doc])*
+            pub(super) struct $name;
+
+            impl utoipa::IntoResponses for $name {
+                fn responses() -> BTreeMap<String, RefOr<Response>> {
+                    problem_responses(&[
+                        $(ProblemType::$kind,)*
+                        ProblemType::Unauthorized,
+                        ProblemType::Forbidden,
+                        ProblemType::Internal,
+                        ProblemType::Unavailable,
+                    ])
+                }
+            }
+        )*
+    };
+}
+
+problem_sets! {
+    /// Reading or deleting one thing.
+    OneProblems = NotFound;
+    /// Reading a list.
+    ListProblems = InvalidFields;
+    /// Reading a list that belongs to one thing.
+    SublistProblems = NotFound, InvalidFields;
+    /// Creating something with a unique name.
+    NamedProblems = MalformedRequest, MalformedJson, RequestTimeout, NameTaken, TooLarge,
+        UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Changing something with a unique name.
+    RenameProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, NameTaken, TooLarge,
+        UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Creating something below something else.
+    ChildProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, TooLarge,
+        UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Creating a subscription.
+    SubscribeProblems = MalformedRequest, MalformedJson, RequestTimeout, LimitReached, TooLarge,
+        UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Changing a subscription.
+    ResubscribeProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, SubscriptionExists,
+        TooLarge, UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Replacing a connection's subscriptions.
+    SyncProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, LimitReached, TooLarge,
+        UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Publishing.
+    PublishProblems = MalformedRequest, MalformedJson, MalformedEvent, InvalidIdempotencyKey, RequestTimeout,
+        TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused, Overloaded;
+    /// Explaining.
+    ExplainProblems = MalformedRequest, MalformedJson, MalformedEvent, RequestTimeout, TooLarge,
+        UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Reading an event.
+    EventProblems = NotFound, AmbiguousEvent, InvalidFields;
+}

@@ -1,0 +1,134 @@
+//! The publisher's own configuration.
+
+use std::net::SocketAddr;
+
+use bus_core::config::{Common, RoleConfig};
+use ipnet::IpNet;
+use secrecy::SecretString;
+use serde::Deserialize;
+
+/// The publisher's own configuration. `defaults.toml` beside `src/` is the reference.
+#[derive(Debug, Clone, Deserialize)]
+pub struct PublisherConfig {
+    /// The API's port.
+    pub http: HttpConfig,
+    /// Opens `/v1/admin`.
+    #[serde(default)]
+    pub admin_token: Option<SecretString>,
+    /// The way of an event into the bus.
+    pub publish: PublishConfig,
+    /// What the API must know of the sinks.
+    pub sink: SinkRules,
+}
+
+/// The API's port.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Address and port; port 0 takes a free one.
+    pub listen: SocketAddr,
+}
+
+/// The way of an event into the bus.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PublishConfig {
+    /// The most bytes of one event, as it is delivered.
+    pub max_event_bytes: usize,
+    /// The most bytes of a request.
+    pub max_body_bytes: usize,
+    /// The most events of a request.
+    pub max_batch: usize,
+    /// The most bytes of requests that wait for their commit; more are answered 503.
+    pub max_waiting_bytes: usize,
+    /// How long a request may wait for room among them, milliseconds.
+    pub max_wait_ms: u64,
+    /// Transactions at a time.
+    pub committers: usize,
+    /// The most events of a transaction.
+    pub max_group: usize,
+    /// How long (source, id) and an Idempotency-Key are remembered, seconds.
+    pub dedup_window_s: u64,
+    /// A fan-out that is not finished after this time is taken over by any replica, seconds.
+    pub outbox_lease_s: u64,
+    /// Fan-outs under way at a time; what does not fit is left to the relay.
+    pub fan_outs: usize,
+}
+
+/// What the API must know of the sinks. The section is shared with the worker's, whose other keys do not
+/// matter here.
+#[derive(Debug, Clone, Deserialize)]
+pub struct SinkRules {
+    /// Addresses that are not public and may be delivered to all the same.
+    pub allow_cidrs: Vec<IpNet>,
+}
+
+impl RoleConfig for PublisherConfig {
+    const DEFAULTS: &'static str = include_str!("../defaults.toml");
+
+    fn problem(&self, common: &Common) -> Option<String> {
+        let publish = &self.publish;
+        let needed = u32::try_from(publish.committers).unwrap_or(u32::MAX).saturating_add(2);
+        if common.postgres.max_connections < needed {
+            return Some(format!(
+                "postgres.max_connections ({}) must be at least publish.committers + 2 ({needed})",
+                common.postgres.max_connections
+            ));
+        }
+        if publish.committers == 0 || publish.fan_outs == 0 || publish.max_group == 0 {
+            return Some("publish.committers, publish.fan_outs and publish.max_group must be at least 1".into());
+        }
+        if publish.max_event_bytes > publish.max_body_bytes {
+            return Some("publish.max_event_bytes must not exceed publish.max_body_bytes".into());
+        }
+        if publish.max_body_bytes > publish.max_waiting_bytes {
+            return Some("publish.max_body_bytes must not exceed publish.max_waiting_bytes".into());
+        }
+        // A fan-out that succeeds late must still find its message ids remembered.
+        if publish.outbox_lease_s * 2 > common.nats.duplicate_window_s {
+            return Some(format!(
+                "publish.outbox_lease_s ({}) must be at most half of nats.duplicate_window_s ({})",
+                publish.outbox_lease_s, common.nats.duplicate_window_s
+            ));
+        }
+        None
+    }
+
+    fn listen(&self) -> Vec<(&'static str, SocketAddr)> {
+        vec![("http", self.http.listen)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bus_core::config::load;
+
+    use super::*;
+
+    fn with(extra: &[(&str, &str)]) -> Result<PublisherConfig, String> {
+        let base = [("DATABASE_URL", "postgres://localhost/bus"), ("NATS_URL", "nats://localhost")];
+        let environment = base.iter().chain(extra).map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        load::<PublisherConfig>(None, environment)
+            .map(|loaded| loaded.config)
+            .map_err(|refused| bus_core::telemetry::Chain(&refused).to_string())
+    }
+
+    #[test]
+    fn the_defaults_are_usable() {
+        with(&[]).expect("nothing but the two URLs is needed");
+    }
+
+    #[test]
+    fn an_admin_token_of_digits_is_text() {
+        let config = with(&[("EVENT_BUS_ADMIN_TOKEN", "007")]).expect("a token is text");
+        assert_eq!(config.admin_token.expect("it was given").expose_secret(), "007");
+    }
+
+    #[test]
+    fn a_lease_beyond_the_duplicate_window_is_refused_by_name() {
+        let refused = with(&[("EVENT_BUS_PUBLISH__OUTBOX_LEASE_S", "90")]).expect_err("90 > 120 / 2");
+        assert!(refused.contains("publish.outbox_lease_s (90)"), "{refused}");
+    }
+
+    use secrecy::ExposeSecret as _;
+}

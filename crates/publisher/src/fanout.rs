@@ -1,0 +1,143 @@
+//! Fan-out: puts the deliveries of committed events into the queue.
+//!
+//! Nothing here has to succeed. The outbox row is in the events' own transaction; a fan-out that fails,
+//! does not fit, or dies with the process is taken over by a [`relay`](crate::relay).
+
+use std::{sync::Arc, time::Duration};
+
+use bus_core::{
+    ids::{ConnectionId, EventUid, OrganizationId, OutboxId, SubscriptionId},
+    launcher::Ctx,
+    matcher::Candidate,
+    pg,
+    queue::{DeliveryQueue, Enqueue, QueueError},
+    telemetry::Chain,
+};
+use bytes::Bytes;
+use metrics::counter;
+use sqlx::PgPool;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::task::TaskTracker;
+use tracing::warn;
+
+use crate::config::PublisherConfig;
+
+/// Deliveries that are handed to the queue at a time; bounds memory where an event has many targets.
+pub(crate) const CHUNK: usize = 1_000;
+
+/// Finished rows are marked together, at most this long after the first.
+const FINISH_EVERY: Duration = Duration::from_millis(100);
+
+/// One place an event goes to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Target {
+    pub(crate) subscription: SubscriptionId,
+    pub(crate) connection: ConnectionId,
+    pub(crate) connection_version: i64,
+}
+
+impl From<&Candidate> for Target {
+    fn from(candidate: &Candidate) -> Self {
+        Self {
+            subscription: candidate.subscription,
+            connection: candidate.connection,
+            connection_version: candidate.connection_version,
+        }
+    }
+}
+
+/// A committed event and where it goes.
+#[derive(Debug)]
+pub(crate) struct FanOutEvent {
+    pub(crate) uid: EventUid,
+    pub(crate) organization: OrganizationId,
+    pub(crate) body: Bytes,
+    pub(crate) targets: Vec<Target>,
+}
+
+/// One transaction's fan-out.
+#[derive(Debug)]
+pub(crate) struct FanOut {
+    pub(crate) outbox: OutboxId,
+    pub(crate) events: Vec<FanOutEvent>,
+}
+
+/// Runs fan-outs beside the committers. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct FanOuts {
+    queue: Arc<dyn DeliveryQueue>,
+    room: Arc<Semaphore>,
+    tasks: TaskTracker,
+    finished: mpsc::Sender<OutboxId>,
+}
+
+impl FanOuts {
+    pub(crate) fn start(ctx: &Ctx<PublisherConfig>, pool: PgPool, queue: Arc<dyn DeliveryQueue>) -> Self {
+        let (finished, rows) = mpsc::channel(CHUNK);
+        ctx.tasks.spawn(mark_finished(pool, rows));
+        let room = Arc::new(Semaphore::new(ctx.config.publish.fan_outs));
+        Self { queue, room, tasks: ctx.tasks.clone(), finished }
+    }
+
+    /// Starts a fan-out if there is room; if not, its outbox row is left to the relay.
+    pub(crate) fn submit(&self, fan_out: FanOut) {
+        let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else {
+            counter!("bus_fan_outs", "by" => "left_to_relay").increment(1);
+            return;
+        };
+        let this = self.clone();
+        self.tasks.spawn(async move {
+            match this.run(&fan_out.events).await {
+                Ok(()) => {
+                    counter!("bus_fan_outs", "by" => "publisher").increment(1);
+                    // Unmarked, the row is fanned out again by the relay, and the queue drops the repeats.
+                    let _ = this.finished.send(fan_out.outbox).await;
+                }
+                Err(failed) => {
+                    warn!(error = %Chain(&failed), outbox.id = %fan_out.outbox, "Fan-out left to the relay");
+                    counter!("bus_fan_outs", "by" => "left_to_relay").increment(1);
+                }
+            }
+            drop(permit);
+        });
+    }
+
+    async fn run(&self, events: &[FanOutEvent]) -> Result<(), QueueError> {
+        let deliveries = events
+            .iter()
+            .flat_map(|event| event.deliveries().map(|key| Enqueue { key, attempts: 0, body: event.body.clone() }));
+        enqueue_all(self.queue.as_ref(), deliveries).await
+    }
+}
+
+/// Puts deliveries into the queue, [`CHUNK`] at a time.
+pub(crate) async fn enqueue_all(
+    queue: &dyn DeliveryQueue,
+    deliveries: impl Iterator<Item = Enqueue>,
+) -> Result<(), QueueError> {
+    let mut deliveries = deliveries.peekable();
+    while deliveries.peek().is_some() {
+        let chunk: Vec<Enqueue> = deliveries.by_ref().take(CHUNK).collect();
+        queue.enqueue(&chunk).await?;
+        counter!("bus_deliveries_enqueued").increment(chunk.len() as u64);
+    }
+    Ok(())
+}
+
+async fn mark_finished(pool: PgPool, mut rows: mpsc::Receiver<OutboxId>) {
+    let mut batch = Vec::new();
+    while rows.recv_many(&mut batch, CHUNK).await > 0 {
+        if batch.len() < CHUNK {
+            tokio::time::sleep(FINISH_EVERY).await;
+            while batch.len() < CHUNK
+                && let Ok(row) = rows.try_recv()
+            {
+                batch.push(row);
+            }
+        }
+        if let Err(failed) = pg::finish_outbox(&pool, &batch).await {
+            warn!(error = %Chain(&failed), rows = batch.len(), "Finished fan-outs not marked; the relay repeats them");
+        }
+        batch.clear();
+    }
+}

@@ -1,0 +1,91 @@
+//! The publisher: the HTTP edge, matching, fan-out, and the relay of unfinished fan-outs.
+//!
+//! The way of an event: [`api`] reads the request, [`ingest`] bounds what is under way, [`commit`] puts
+//! whatever has gathered into one transaction and matches it there, [`fanout`] puts the deliveries into
+//! the queue. [`relay`] does that for a process that died before it could.
+
+pub mod api;
+pub mod commit;
+pub mod config;
+pub mod fanout;
+pub mod fault;
+pub mod ingest;
+pub mod relay;
+pub mod snapshots;
+pub mod state;
+
+use std::{future::IntoFuture as _, sync::Arc};
+
+use bus_core::{
+    address::AddressPolicy,
+    cloudevent::Limits,
+    config::Backend,
+    launcher::{BoxError, Ctx, Role},
+    pg, supervise,
+};
+use sha2::{Digest as _, Sha256};
+use secrecy::ExposeSecret as _;
+
+use crate::{
+    commit::Committer,
+    config::PublisherConfig,
+    fanout::FanOuts,
+    ingest::Ingest,
+    snapshots::Snapshots,
+    state::{AppState, Inner},
+};
+
+/// What this binary is.
+pub const ROLE: Role = Role {
+    name: "publisher",
+    about: "HTTP edge of the event bus: stores events, matches them and fans them out",
+};
+
+/// Runs until [`Ctx::stop`].
+pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
+    let listener = ctx.listener("http");
+    let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
+    let Some(transport) = supervise::connect(&ctx, &pool).await? else { return Ok(()) };
+    let publish = &ctx.config.publish;
+    let snapshots = Snapshots::new(pool.clone());
+
+    let fanouts = FanOuts::start(&ctx, pool.clone(), transport.queue.clone());
+    let (ingest, jobs) = Ingest::new(publish);
+    let committer = Committer {
+        pool: pool.clone(),
+        snapshots: snapshots.clone(),
+        fanouts,
+        ids: ctx.ids.clone(),
+        config: publish.clone(),
+        queue_in_database: (ctx.common.backend == Backend::Postgres)
+            .then(|| (ctx.common.prefix.clone(), ctx.common.lanes)),
+    };
+    commit::start(&ctx.tasks, committer, jobs);
+    let beat = ctx.health.heartbeat("relay", relay::INTERVAL * 60);
+    ctx.spawn("relay", relay::run(pool.clone(), transport.queue.clone(), publish.clone(), beat, ctx.stop.clone()));
+
+    let state = AppState::new(Inner {
+        pool,
+        snapshots,
+        ingest,
+        hints: transport.hints.clone(),
+        addresses: AddressPolicy::new(ctx.config.sink.allow_cidrs.clone()),
+        admin_token: ctx
+            .config
+            .admin_token
+            .as_ref()
+            .map(|token| Sha256::digest(token.expose_secret().as_bytes()).into()),
+        limits: Limits { max_batch: publish.max_batch, max_event_bytes: publish.max_event_bytes },
+        max_body_bytes: publish.max_body_bytes,
+        clock: Arc::clone(&ctx.clock),
+        ids: Arc::clone(&ctx.ids),
+    });
+    let stop = ctx.stop.clone();
+    // Closes the listener at the stop and waits for the requests that are under way. The router, and with
+    // it the last way into the committers, is dropped then; they finish what they have and end.
+    axum::serve(listener, api::router(state)).with_graceful_shutdown(stop.cancelled_owned()).into_future().await?;
+    ctx.tasks.close();
+    ctx.tasks.wait().await;
+    transport.flush().await;
+    Ok(())
+}

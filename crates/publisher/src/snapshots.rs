@@ -1,0 +1,58 @@
+//! Each organization's subscriptions, compiled and kept.
+
+use std::sync::Arc;
+
+use bus_core::{
+    ids::OrganizationId,
+    matcher::Snapshot,
+    pg::{self, StoreError},
+};
+use moka::sync::Cache;
+use sqlx::{PgConnection, PgPool};
+
+/// The most subscriptions that are kept, all organizations together; about 500 bytes each.
+const CAPACITY: u64 = 1_000_000;
+
+/// A cache of [`Snapshot`]s. It never decides how fresh is fresh enough: whoever asks says so.
+#[derive(Debug, Clone)]
+pub struct Snapshots {
+    pool: PgPool,
+    cache: Cache<OrganizationId, Arc<Snapshot>>,
+}
+
+impl Snapshots {
+    /// An empty cache.
+    pub fn new(pool: PgPool) -> Self {
+        let cache = Cache::builder()
+            .max_capacity(CAPACITY)
+            .weigher(|_, snapshot: &Arc<Snapshot>| u32::try_from(snapshot.len()).unwrap_or(u32::MAX).saturating_add(1))
+            .build();
+        Self { pool, cache }
+    }
+
+    /// The organization's subscriptions at `version` or later.
+    pub async fn at_least(
+        &self,
+        connection: &mut PgConnection,
+        organization: OrganizationId,
+        version: i64,
+    ) -> Result<Arc<Snapshot>, StoreError> {
+        if let Some(kept) = self.cache.get(&organization).filter(|kept| kept.version >= version) {
+            return Ok(kept);
+        }
+        let loaded = Arc::new(pg::load_snapshot(connection, organization).await?);
+        // Two committers may load at once; the older result must not replace the newer.
+        self.cache.entry(organization).and_upsert_with(|kept| match kept {
+            Some(kept) if kept.value().version > loaded.version => kept.into_value(),
+            _ => Arc::clone(&loaded),
+        });
+        Ok(loaded)
+    }
+
+    /// The organization's subscriptions, with every change that was made before this call.
+    pub async fn fresh(&self, organization: OrganizationId) -> Result<Arc<Snapshot>, StoreError> {
+        let mut connection = pg::acquire(&self.pool).await?;
+        let version = pg::read_version(&mut connection, organization).await?;
+        self.at_least(&mut connection, organization, version).await
+    }
+}

@@ -1,0 +1,50 @@
+//! What the API's handlers share.
+
+use std::{ops::Deref, sync::Arc};
+
+use bus_core::{address::AddressPolicy, clock::Clock, cloudevent::Limits, ids::Ids, queue::Hints};
+use sqlx::PgPool;
+
+use crate::{ingest::Ingest, snapshots::Snapshots};
+
+/// What the API's handlers share. Cheap to clone.
+#[derive(Clone)]
+pub struct AppState(Arc<Inner>);
+
+/// The parts of [`AppState`].
+pub struct Inner {
+    /// The database.
+    pub pool: PgPool,
+    /// Each organization's subscriptions, compiled.
+    pub snapshots: Snapshots,
+    /// The way into the bus.
+    pub ingest: Ingest,
+    /// Tells the workers what changed.
+    pub hints: Arc<dyn Hints>,
+    /// Which addresses a webhook may have.
+    pub addresses: AddressPolicy,
+    /// SHA-256 of the admin token; without one the admin API is closed to all but `admin` keys.
+    pub admin_token: Option<[u8; 32]>,
+    /// What a publish request may contain.
+    pub limits: Limits,
+    /// The most bytes of a request's body.
+    pub max_body_bytes: usize,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// New ids.
+    pub ids: Arc<dyn Ids>,
+}
+
+impl AppState {
+    /// Shares `inner`.
+    pub fn new(inner: Inner) -> Self {
+        Self(Arc::new(inner))
+    }
+}
+
+impl Deref for AppState {
+    type Target = Inner;
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}

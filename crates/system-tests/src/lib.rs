@@ -1,0 +1,95 @@
+//! What the system tests share: a tenant, and a ledger of what was accepted and what arrived.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use anyhow::Result;
+use devkit::{client::ApiClient, receiver::Receiver, stack::Stack, wait_until};
+use serde_json::{Value, json};
+
+/// Within this time everything that was accepted has arrived, whatever died meanwhile: longer than a lost
+/// message takes to be given out again (`ack_wait`, shortened by the tests to [`ACK_WAIT_MS`]) and a dead
+/// publisher's outbox row to be taken over.
+pub const ARRIVAL: Duration = Duration::from_secs(120);
+
+/// The shortest `nats.ack_wait_ms` that the workers accept, so that crash tests are short.
+pub const ACK_WAIT_MS: u64 = 41_000;
+
+/// An organization with a key of all scopes.
+#[derive(Debug, Clone)]
+pub struct Tenant {
+    /// Its id.
+    pub organization: String,
+    /// A client with its key, at the stack's first publisher.
+    pub api: ApiClient,
+}
+
+impl Tenant {
+    /// Creates an organization.
+    pub async fn create(stack: &mut Stack, name: &str) -> Result<Self> {
+        let admin = stack.admin(0)?;
+        let organization = admin.create_organization(name).await?.require(201)?.id().to_owned();
+        let scopes = json!({ "name": "all", "scopes": ["publish", "subscribe", "read", "admin"] });
+        let key = admin.create_key(&organization, &scopes).await?.require(201)?;
+        Ok(Self { organization, api: stack.client(0)?.with_token(key.text("/key")) })
+    }
+
+    /// A webhook connection; gives its id and its signing secret.
+    pub async fn webhook(&self, name: &str, url: &str) -> Result<(String, String)> {
+        let created = self.api.create_webhook(name, url).await?.require(201)?;
+        Ok((created.id().to_owned(), created.text("/secret").to_owned()))
+    }
+
+    /// A subscription of `connection` to `event_type`; gives its id.
+    pub async fn subscribe(&self, connection: &str, event_type: &str) -> Result<String> {
+        let wanted = json!({ "connectionId": connection, "eventType": event_type });
+        Ok(self.api.subscribe(&wanted).await?.require(201)?.id().to_owned())
+    }
+
+    /// A webhook connection that takes `event_type`.
+    pub async fn receive(&self, receiver: &Receiver, path: &str, event_type: &str) -> Result<String> {
+        let (connection, _) = self.webhook(&format!("to {path}"), &receiver.url(path)).await?;
+        self.subscribe(&connection, event_type).await?;
+        Ok(connection)
+    }
+
+    /// Publishes `{n}` as `event_type`; gives the event's id if the answer was 202.
+    pub async fn publish_number(&self, event_type: &str, n: usize) -> Option<String> {
+        let event = json!({ "type": event_type, "data": { "n": n } });
+        let reply = self.api.publish(&event).await.ok()?;
+        (reply.status == 202).then(|| reply.id().to_owned())
+    }
+}
+
+/// How often each event arrived at a path.
+pub fn arrivals(receiver: &Receiver, path: &str) -> BTreeMap<String, usize> {
+    let mut arrived = BTreeMap::new();
+    for request in receiver.received(path) {
+        let body: Value = request.json();
+        let id = body["id"].as_str().unwrap_or_default().to_owned();
+        *arrived.entry(id).or_insert(0) += 1;
+    }
+    arrived
+}
+
+/// Waits until every accepted event has arrived at every path, and gives the number of repeated arrivals.
+///
+/// # Panics
+/// After [`ARRIVAL`], with the number that is missing at each path.
+pub async fn all_arrived(receiver: &Receiver, paths: &[&str], accepted: &BTreeSet<String>) -> usize {
+    wait_until("every accepted event at every subscriber", ARRIVAL, || async {
+        let missing: BTreeMap<&str, usize> = paths
+            .iter()
+            .map(|path| {
+                let arrived = arrivals(receiver, path);
+                (*path, accepted.iter().filter(|id| !arrived.contains_key(*id)).count())
+            })
+            .filter(|(_, missing)| *missing > 0)
+            .collect();
+        if missing.is_empty() { Ok(()) } else { Err(missing) }
+    })
+    .await;
+    paths.iter().map(|path| arrivals(receiver, path).values().map(|n| n - 1).sum::<usize>()).sum()
+}

@@ -1,0 +1,190 @@
+//! Invariant I1: whatever dies, every event that was answered 202 reaches every subscriber that matched.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use devkit::{
+    processes::Role,
+    receiver::{Answer, Receiver},
+    servers::Durability,
+    stack::{Backend, ServerChoice, Stack, StackOptions},
+    wait_until,
+};
+use system_tests::{ACK_WAIT_MS, Tenant, all_arrived};
+use tokio::task::JoinSet;
+
+const PATHS: [&str; 2] = ["/a", "/b"];
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn durable() -> StackOptions {
+    StackOptions::default()
+        .servers(ServerChoice::Own(Durability::Full))
+        .env("EVENT_BUS_NATS__ACK_WAIT_MS", ACK_WAIT_MS)
+}
+
+async fn started(options: StackOptions) -> (Stack, Receiver, Tenant) {
+    let mut stack = Stack::start(options).await.unwrap();
+    let receiver = Receiver::start().await.unwrap();
+    let tenant = Tenant::create(&mut stack, "acme").await.unwrap();
+    for path in PATHS {
+        tenant.receive(&receiver, path, "load.*").await.unwrap();
+    }
+    (stack, receiver, tenant)
+}
+
+/// Publishes from several tasks until told to stop; an event counts if it was answered 202.
+struct Load {
+    accepted: Arc<Mutex<BTreeSet<String>>>,
+    stop: Arc<AtomicBool>,
+    tasks: JoinSet<()>,
+}
+
+impl Load {
+    fn start(tenants: &[Tenant]) -> Self {
+        let (accepted, stop) = (Arc::<Mutex<BTreeSet<String>>>::default(), Arc::<AtomicBool>::default());
+        let mut tasks = JoinSet::new();
+        for tenant in tenants.iter().cycle().take(4).cloned() {
+            let (accepted, stop) = (accepted.clone(), stop.clone());
+            tasks.spawn(async move {
+                for n in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    match tenant.publish_number("load.test", n).await {
+                        Some(id) => {
+                            accepted.lock().unwrap().insert(id);
+                        }
+                        // Refused, or nobody there: another try at once would only burn the processor.
+                        None => tokio::time::sleep(Duration::from_millis(20)).await,
+                    }
+                }
+            });
+        }
+        Self { accepted, stop, tasks }
+    }
+
+    fn accepted(&self) -> usize {
+        self.accepted.lock().unwrap().len()
+    }
+
+    /// Waits until this many more than now have been accepted.
+    async fn more(&self, n: usize) {
+        let goal = self.accepted() + n;
+        wait_until("more accepted events", DEADLINE, || async {
+            let accepted = self.accepted();
+            if accepted >= goal { Ok(()) } else { Err(format!("{accepted} of {goal}")) }
+        })
+        .await;
+    }
+
+    async fn finish(mut self) -> BTreeSet<String> {
+        self.stop.store(true, Ordering::Relaxed);
+        while self.tasks.join_next().await.is_some() {}
+        std::mem::take(&mut *self.accepted.lock().unwrap())
+    }
+}
+
+#[tokio::test]
+async fn i1_a_publisher_that_dies_between_commit_and_fan_out() {
+    let (mut stack, receiver, tenant) = started(durable()).await;
+    let fault = [("BUS_FAULT_POINT", "publisher.before-fan-out")];
+    let second = stack.spawn(Role::Publisher, &fault).unwrap();
+    stack.publisher(second).wait_ready().await.unwrap();
+    let doomed = Tenant { api: tenant.api.at(stack.publisher(second).http_url()), ..tenant.clone() };
+    // Each committer stops after its first commit, so this is as many as it accepts.
+    let mut accepted = BTreeSet::new();
+    for n in 0..4 {
+        accepted.insert(doomed.publish_number("load.test", n).await.unwrap());
+    }
+    assert_eq!(receiver.total(), 0, "nothing was fanned out");
+    stack.publisher(second).sigkill().await.unwrap();
+    let repeats = all_arrived(&receiver, &PATHS, &accepted).await;
+    assert_eq!(repeats, 0);
+    stack.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn i1_a_publisher_that_is_killed_under_load() {
+    let (mut stack, receiver, tenant) = started(durable().replicas(Role::Publisher, 2)).await;
+    let second = Tenant { api: tenant.api.at(stack.publisher(1).http_url()), ..tenant.clone() };
+    let load = Load::start(&[tenant, second]);
+    for _ in 0..3 {
+        load.more(100).await;
+        stack.publisher(1).sigkill().await.unwrap();
+        load.more(50).await;
+        stack.publisher(1).respawn().unwrap();
+        stack.publisher(1).wait_ready().await.unwrap();
+    }
+    let accepted = load.finish().await;
+    all_arrived(&receiver, &PATHS, &accepted).await;
+    stack.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn i1_a_worker_that_is_killed_with_deliveries_in_flight() {
+    let (mut stack, receiver, tenant) = started(durable().replicas(Role::DeliveryWorker, 2)).await;
+    for path in PATHS {
+        receiver.script(path, Answer::ok().after(Duration::from_millis(50)));
+    }
+    let load = Load::start(std::slice::from_ref(&tenant));
+    for _ in 0..3 {
+        load.more(100).await;
+        stack.worker(0).sigkill().await.unwrap();
+        stack.worker(0).respawn().unwrap();
+        stack.worker(0).wait_ready().await.unwrap();
+    }
+    let accepted = load.finish().await;
+    let repeats = all_arrived(&receiver, &PATHS, &accepted).await;
+    // At most what one worker held at each kill.
+    assert!(repeats <= 3 * 256, "{repeats} repeats");
+    stack.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn i1_a_nats_server_that_is_killed_under_load() {
+    let (mut stack, receiver, tenant) = started(durable()).await;
+    let load = Load::start(std::slice::from_ref(&tenant));
+    for _ in 0..3 {
+        load.more(100).await;
+        stack.nats().kill().await.unwrap();
+        // The broker is away, and events are accepted all the same: they wait in the outbox.
+        load.more(50).await;
+        stack.nats().restart().await.unwrap();
+    }
+    load.more(100).await;
+    let accepted = load.finish().await;
+    all_arrived(&receiver, &PATHS, &accepted).await;
+    stack.shutdown().await.unwrap();
+}
+
+async fn postgres_is_killed(backend: Backend) {
+    let (mut stack, receiver, tenant) = started(durable().backend(backend)).await;
+    let load = Load::start(std::slice::from_ref(&tenant));
+    for _ in 0..3 {
+        load.more(100).await;
+        stack.postgres().kill().await.unwrap();
+        stack.postgres().restart().await.unwrap();
+    }
+    load.more(100).await;
+    let accepted = load.finish().await;
+    all_arrived(&receiver, &PATHS, &accepted).await;
+    stack.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn i1_a_postgres_that_is_killed_under_load() {
+    postgres_is_killed(Backend::Jetstream).await;
+}
+
+#[tokio::test]
+async fn i1_a_postgres_that_is_killed_under_load_and_holds_the_queue() {
+    postgres_is_killed(Backend::Postgres).await;
+}

@@ -1,0 +1,40 @@
+//! The sample configurations of `deploy/config` are read by the loaders that the binaries use.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{collections::BTreeMap, path::Path};
+
+use bus_core::{
+    config::{RoleConfig, load},
+    telemetry::Chain,
+};
+
+/// The secret files of a sample (`…_file = "/run/secrets/…"`) do not exist here; each is replaced by one
+/// that does.
+fn check<C: RoleConfig>(name: &str) {
+    let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/config").join(name);
+    let dir = tempfile::tempdir().unwrap();
+    let secret = dir.path().join("secret");
+    std::fs::write(&secret, "postgres://nobody@localhost/bus\n").unwrap();
+    let text = std::fs::read_to_string(sample).unwrap();
+    let replaced: String = text
+        .lines()
+        .map(|line| match line.split_once("_file = ") {
+            Some((key, _)) => format!("{key}_file = {secret:?}\n"),
+            None => format!("{line}\n"),
+        })
+        .collect();
+    let file = dir.path().join(name);
+    std::fs::write(&file, replaced).unwrap();
+    if let Err(refused) = load::<C>(Some(&file), BTreeMap::new()) {
+        panic!("{name}: {}", Chain(&refused));
+    }
+}
+
+#[test]
+fn the_shipped_samples_are_accepted() {
+    check::<publisher::config::PublisherConfig>("publisher.toml");
+    check::<delivery_worker::config::WorkerConfig>("delivery-worker.toml");
+    check::<cron_scheduler::SchedulerConfig>("cron-scheduler.toml");
+    check::<archiver::ArchiverConfig>("archiver.toml");
+}

@@ -1,0 +1,58 @@
+//! What `cargo xtask` does; a library, so that a test can run the demo too.
+
+mod cargo;
+mod dev;
+mod down;
+mod migrate;
+mod test;
+pub mod ui;
+mod up;
+
+use anyhow::Result;
+use clap::{Subcommand, ValueEnum};
+
+/// Where the deliveries wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// NATS JetStream: a delivery that succeeds writes nothing to the database
+    Jetstream,
+    /// The database alone; no NATS is started
+    Postgres,
+}
+
+impl From<Backend> for devkit::stack::Backend {
+    fn from(backend: Backend) -> Self {
+        match backend {
+            Backend::Jetstream => Self::Jetstream,
+            Backend::Postgres => Self::Postgres,
+        }
+    }
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start the bus on this machine, with servers of its own; it runs on until `down`
+    Up(up::Up),
+    /// Stop what `up` started; the data stays
+    Down(down::Down),
+    /// Apply or list the database migrations
+    Migrate(migrate::Migrate),
+    /// Run the whole gate: format, lints, licences, tests, documentation, demo
+    Test(test::Test),
+}
+
+impl Command {
+    /// Does it.
+    ///
+    /// # Errors
+    /// When it could not be done; a person reads the error.
+    pub async fn run(self) -> Result<()> {
+        match self {
+            Self::Up(up) => up.run().await,
+            Self::Down(down) => down.run().await,
+            Self::Migrate(migrate) => migrate.run().await,
+            Self::Test(test) => test.run().await,
+        }
+    }
+}
