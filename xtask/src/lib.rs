@@ -1,6 +1,7 @@
 //! What `cargo xtask` does; a library, so that a test can run the demo too.
 
 mod cargo;
+pub mod demo;
 mod dev;
 mod down;
 mod migrate;
@@ -38,6 +39,8 @@ pub enum Command {
     Down(down::Down),
     /// Apply or list the database migrations
     Migrate(migrate::Migrate),
+    /// Show the bus at work: two organizations, ten subscriptions, a few hundred events, and a crash
+    Demo(demo::Demo),
     /// Run the whole gate: format, lints, licences, tests, documentation, demo
     Test(test::Test),
 }
@@ -52,6 +55,7 @@ impl Command {
             Self::Up(up) => up.run().await,
             Self::Down(down) => down.run().await,
             Self::Migrate(migrate) => migrate.run().await,
+            Self::Demo(demo) => demo.run().await,
             Self::Test(test) => test.run().await,
         }
     }

@@ -5,15 +5,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use devkit::{
     paths::{FileLock, target_dir},
     servers::{SharedServers, TEST_NATS_URL, TEST_POSTGRES_URL},
+    stack::Backend,
 };
 
 use crate::{
-    cargo::{cargo, run},
+    cargo::{build_binaries, cargo, run},
+    demo::{DemoOptions, demo},
     ui::{self, FAINT, GOOD, STRONG, paint},
 };
 
@@ -58,6 +60,10 @@ impl Test {
             doc.args(FAULT_POINTS).env("RUSTDOCFLAGS", "-D warnings");
             run(doc)
         })?;
+        gate.step("build the binaries as they ship", || build_binaries(false).map(drop))?;
+        for backend in Backend::ALL {
+            gate.demo(backend).await?;
+        }
         gate.summary();
         Ok(())
     }
@@ -93,6 +99,20 @@ impl Gate {
         self.finish(name, start, result)
     }
 
+    async fn demo(&mut self, backend: Backend) -> Result<()> {
+        let name = match backend {
+            Backend::Jetstream => "demo with jetstream",
+            Backend::Postgres => "demo with postgres",
+        };
+        let start = heading(name);
+        let result = demo(&DemoOptions { backend, ..DemoOptions::default() }).await.and_then(|outcome| {
+            ui::line(outcome);
+            ensure!(outcome.is_success(), "the demo did not end as promised");
+            Ok(())
+        });
+        self.finish(name, start, result)
+    }
+
     fn finish(&mut self, name: &'static str, start: Instant, result: Result<()>) -> Result<()> {
         let took = start.elapsed();
         result.with_context(|| format!("{name}, after {}", ui::elapsed(took)))?;
@@ -104,10 +124,10 @@ impl Gate {
     fn summary(&self) {
         ui::line(format!("\n{}", paint(STRONG, "All is well.")));
         for (name, took) in &self.done {
-            ui::line(format!("  {} {name:24} {:>14}", paint(GOOD, "✓"), ui::elapsed(*took)));
+            ui::line(format!("  {} {name:34} {:>14}", paint(GOOD, "✓"), ui::elapsed(*took)));
         }
         let total = self.done.iter().map(|(_, took)| *took).sum();
-        ui::line(format!("    {:24} {:>14}", "together", ui::elapsed(total)));
+        ui::line(format!("    {:34} {:>14}", "together", ui::elapsed(total)));
     }
 }
 

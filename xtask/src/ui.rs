@@ -43,9 +43,12 @@ pub fn elapsed(duration: Duration) -> String {
 }
 
 /// Something that takes a moment: says what begins, and how long it took.
+///
+/// One that is dropped without being done has failed; what failed is said by the error.
 #[derive(Debug)]
 pub struct Step {
     start: Instant,
+    done: bool,
 }
 
 impl Step {
@@ -54,12 +57,21 @@ impl Step {
         anstream::print!("  {what} … ");
         // Shown at once, or not at all if nobody looks.
         let _ = std::io::stdout().flush();
-        Self { start: Instant::now() }
+        Self { start: Instant::now(), done: false }
     }
 
     /// Says that it is done.
-    pub fn done(self) {
+    pub fn done(mut self) {
         line(paint(FAINT, elapsed(self.start.elapsed())));
+        self.done = true;
+    }
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        if !self.done {
+            line(paint(BAD, "failed"));
+        }
     }
 }
 

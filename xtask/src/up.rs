@@ -281,15 +281,37 @@ async fn ensure_organization(
     }
     let step = Step::begin("Creating the organization `dev`");
     let admin = client.with_token(&secrets.admin_token);
-    let created = admin.create_organization(ORGANIZATION).await?.require(201)?;
-    let id = created.id().to_owned();
+    let created = admin.create_organization(ORGANIZATION).await?;
+    let id = match created.status {
+        // An external database may hold it from the time before this folder was made.
+        409 => find_organization(&admin).await?,
+        _ => created.require(201)?.string("/id")?.to_owned(),
+    };
     let key = json!({ "name": "dev", "scopes": ["publish", "subscribe", "read", "admin"] });
     let created = admin.create_key(&id, &key).await?.require(201)?;
-    let organization = Organization { id, api_key: created.text("/key").to_owned() };
+    let organization = Organization { id, api_key: created.string("/key")?.to_owned() };
     secrets.organizations.insert(database, organization.clone());
     dev.save_secrets(secrets)?;
     step.done();
     Ok(organization)
+}
+
+/// The id of the organization `dev`.
+async fn find_organization(admin: &ApiClient) -> Result<String> {
+    let mut page = "/v1/admin/organizations?limit=200".to_owned();
+    loop {
+        let list = admin.get(&page).await?.require(200)?;
+        let items = list.body["items"].as_array().into_iter().flatten();
+        if let Some(id) =
+            items.filter(|item| item["name"] == ORGANIZATION).find_map(|item| item["id"].as_str())
+        {
+            return Ok(id.to_owned());
+        }
+        let cursor = list
+            .string("/nextCursor")
+            .with_context(|| format!("no organization is called {ORGANIZATION}"))?;
+        page = format!("/v1/admin/organizations?limit=200&cursor={cursor}");
+    }
 }
 
 /// Writes `target/dev/env`.

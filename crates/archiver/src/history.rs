@@ -52,8 +52,7 @@ async fn copy_once(pool: &PgPool, nats: &Nats, consumer: &mut Option<PullConsume
         Some(consumer) => consumer,
         None => consumer.insert(nats.receipt_consumer().await?),
     };
-    let mut batch =
-        consumer.batch().max_messages(MESSAGES).expires(PULL_WAIT).heartbeat(PULL_WAIT / 3).messages().await?;
+    let mut batch = consumer.batch().max_messages(MESSAGES).expires(PULL_WAIT).messages().await?;
     let (mut messages, mut receipts) = (Vec::with_capacity(MESSAGES), Vec::new());
     while let Some(message) = batch.next().await {
         let message = message?;

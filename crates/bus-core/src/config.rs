@@ -140,8 +140,21 @@ pub struct ShutdownConfig {
 /// Every top-level key of any role. One file or one environment may serve all binaries, so a section
 /// that belongs to another role is accepted; a name that belongs to none is refused.
 const KNOWN: [&str; 15] = [
-    "backend", "prefix", "lanes", "address_file", "postgres", "nats", "admin", "telemetry", "shutdown",
-    "http", "admin_token", "publish", "sink", "worker", "maintenance",
+    "backend",
+    "prefix",
+    "lanes",
+    "address_file",
+    "postgres",
+    "nats",
+    "admin",
+    "telemetry",
+    "shutdown",
+    "http",
+    "admin_token",
+    "publish",
+    "sink",
+    "worker",
+    "maintenance",
 ];
 
 /// What one role has besides [`Common`].
@@ -201,8 +214,7 @@ pub fn load<C: RoleConfig>(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (String, String)>,
 ) -> Result<Loaded<C>, ConfigError> {
-    let mut figment =
-        Figment::from(Toml::string(COMMON_DEFAULTS)).merge(Toml::string(C::DEFAULTS));
+    let mut figment = Figment::from(Toml::string(COMMON_DEFAULTS)).merge(Toml::string(C::DEFAULTS));
     if let Some(file) = file {
         figment = figment.merge(Toml::file_exact(file));
     }
@@ -229,7 +241,10 @@ impl Common {
     fn problem(&self) -> Option<String> {
         let prefix_ok = !self.prefix.is_empty()
             && self.prefix.len() <= 32
-            && self.prefix.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+            && self
+                .prefix
+                .bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
         if !prefix_ok {
             return Some("prefix must be 1–32 of a-z, 0-9 and '-'".into());
         }
@@ -255,8 +270,11 @@ fn resolve_secret_files(mut figment: Figment) -> Result<Figment, ConfigError> {
         let key = format!("{secret}_file");
         let Ok(value) = figment.find_value(&key) else { continue };
         let path = value.as_str().unwrap_or_default().to_owned();
-        let text = std::fs::read_to_string(&path)
-            .map_err(|source| ConfigError::SecretFile { key: key.clone(), path, source })?;
+        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::SecretFile {
+            key: key.clone(),
+            path,
+            source,
+        })?;
         let mut dict = Dict::new();
         insert(&mut dict, secret, Value::from(text.trim_end_matches(['\r', '\n'])));
         // The `_file` key has done its work; removing it lets `deny_unknown_fields` stay strict.

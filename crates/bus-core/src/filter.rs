@@ -29,10 +29,10 @@ pub const MAX_NESTING: usize = 32;
 pub const MAX_OVERLAP: usize = 16;
 /// How many calls of `match` and `search` a filter may have.
 pub const MAX_REGEXPS: usize = 8;
-/// The size of the automaton of a regular expression that is written in a filter, in bytes.
-const LITERAL_REGEXP_BYTES: usize = 1 << 20;
-/// The same for one that is taken from the payload, which is compiled for each payload: smaller,
-/// since building it takes about 10 ms per MiB.
+/// The size of the automata of all regular expressions that are written in a filter, in bytes.
+const LITERAL_REGEXPS_BYTES: usize = 1 << 20;
+/// The size of one that is taken from the payload, which is compiled for each payload: smaller, since
+/// building it takes about 10 ms per MiB.
 const COMPUTED_REGEXP_BYTES: usize = 1 << 17;
 
 /// A condition on the payload: a JSONPath query that holds if it selects at least one node.
@@ -50,8 +50,8 @@ const COMPUTED_REGEXP_BYTES: usize = 1 << 17;
 ///   conditions beside each other, or after `$` within a filter, are fine;
 /// - brackets that together could select one node more than [`MAX_OVERLAP`] times, as `[*,*]` does
 ///   twice. Different names, and different indexes from the front, do not count;
-/// - a regular expression that depends on `@`, that is not one, or whose automaton would be larger
-///   than 1 MiB; and more than [`MAX_REGEXPS`] of them. (RFC 9535 §2.4.6 lets one that is not valid
+/// - a regular expression that depends on `@` or that is not one; more than [`MAX_REGEXPS`] of them;
+///   and any whose automata would together be larger than 1 MiB. (RFC 9535 §2.4.6 lets one that is not valid
 ///   match nothing, which is no help to who wrote it.) One that is taken from the payload matches
 ///   nothing if it is not valid or its automaton would be larger than 128 KiB.
 ///
@@ -95,16 +95,19 @@ impl PayloadFilter {
 
     /// Whether the filter selects at least one node of `payload`.
     pub fn matches(&self, payload: &Value) -> bool {
-        Evaluation::new(payload, self.0.slots).walk(&self.0.query.segments, payload, &mut |_| Break(())).is_break()
+        Evaluation::new(payload, self.0.slots)
+            .walk(&self.0.query.segments, payload, &mut |_| Break(()))
+            .is_break()
     }
 
     /// The nodes that the filter selects, in the order of RFC 9535 (members by name).
     pub fn select<'v>(&self, payload: &'v Value) -> Vec<&'v Value> {
         let mut nodes = Vec::new();
-        let _all = Evaluation::new(payload, self.0.slots).walk(&self.0.query.segments, payload, &mut |node| {
-            nodes.push(node);
-            Continue(())
-        });
+        let _all =
+            Evaluation::new(payload, self.0.slots).walk(&self.0.query.segments, payload, &mut |node| {
+                nodes.push(node);
+                Continue(())
+            });
         nodes
     }
 

@@ -118,23 +118,14 @@ mod tests {
     fn i9_the_delivery_id_depends_on_nothing_but_event_and_subscription() {
         let (event, other) = (EventUid(SystemIds.next()), EventUid(SystemIds.next()));
         let subscription = SubscriptionId(SystemIds.next());
-        assert_eq!(
-            DeliveryId::derive(event, subscription),
-            DeliveryId::derive(event, subscription)
-        );
-        assert_ne!(
-            DeliveryId::derive(event, subscription),
-            DeliveryId::derive(other, subscription)
-        );
+        assert_eq!(DeliveryId::derive(event, subscription), DeliveryId::derive(event, subscription));
+        assert_ne!(DeliveryId::derive(event, subscription), DeliveryId::derive(other, subscription));
     }
 
     #[test]
     fn the_floor_of_a_moment_sorts_between_the_ids_before_and_after_it() {
         let before = SystemIds.next();
-        let (seconds, nanos) = before
-            .get_timestamp()
-            .expect("a v7 id has a time")
-            .to_unix();
+        let (seconds, nanos) = before.get_timestamp().expect("a v7 id has a time").to_unix();
         let at = Timestamp::new(
             i64::try_from(seconds).expect("in range"),
             i32::try_from(nanos).expect("in range"),

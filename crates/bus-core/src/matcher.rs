@@ -80,9 +80,7 @@ struct Payload<'a> {
 impl Payload<'_> {
     fn value(&mut self) -> Option<&Value> {
         let raw = self.raw;
-        self.parsed
-            .get_or_insert_with(|| raw.and_then(|raw| serde_json::from_str(raw.get()).ok()))
-            .as_ref()
+        self.parsed.get_or_insert_with(|| raw.and_then(|raw| serde_json::from_str(raw.get()).ok())).as_ref()
     }
 }
 

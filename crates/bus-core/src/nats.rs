@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use async_nats::{
-    Client, ConnectOptions, Event,
+    Client, ConnectOptions, Event, ServerAddr,
     jetstream::{
         Context,
         consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
@@ -118,6 +118,11 @@ impl Nats {
                             warn!("A NATS subscription fell behind; what it may have missed is read afresh");
                             epochs.send_modify(|epoch| *epoch += 1);
                         }
+                        // Authorization errors and the like: without this line a wrong password would
+                        // look like a broker that is away.
+                        Event::ServerError(_) | Event::ClientError(_) => {
+                            warn!(problem = %event, "NATS refuses")
+                        }
                         other => debug!(event = %other, "NATS event"),
                     }
                 }
@@ -129,7 +134,17 @@ impl Nats {
                 .map_err(|source| NatsError::Io { operation: "read nats.credentials_file", source })?;
         }
         let url = config.url.as_ref().map(|url| url.expose_secret().to_owned()).unwrap_or_default();
-        let servers: Vec<_> = url.split(',').map(str::trim).collect();
+        let servers: Vec<ServerAddr> = url
+            .split(',')
+            .map(|server| server.trim().parse())
+            .collect::<Result<_, _>>()
+            .map_err(|source| NatsError::Io { operation: "read nats.url", source })?;
+        // The client takes no credentials from a URL by itself; those of the first server are for all.
+        if let Some((user, password)) =
+            servers.first().and_then(|first| first.username().zip(first.password()))
+        {
+            options = options.user_and_password(user.to_owned(), password.to_owned());
+        }
         let client = options.connect(servers).await.during("connect to NATS")?;
         let jetstream = ContextBuilder::new()
             .timeout(Duration::from_secs(5))
@@ -251,7 +266,8 @@ impl Nats {
 
     /// Sends what is buffered (the last acknowledgements), for at most two seconds.
     pub async fn flush(&self) {
-        if self.is_connected() && tokio::time::timeout(Duration::from_secs(2), self.client.flush()).await.is_err()
+        if self.is_connected()
+            && tokio::time::timeout(Duration::from_secs(2), self.client.flush()).await.is_err()
         {
             warn!("The last messages to NATS may not have been sent");
         }

@@ -135,7 +135,11 @@ mod tests {
     #[test]
     fn wildcards_stand_for_whole_tokens() {
         for (pattern, matching, other) in [
-            ("order.created", &["order.created"][..], &["order", "order.created.v2", "Order.created", ""][..]),
+            (
+                "order.created",
+                &["order.created"][..],
+                &["order", "order.created.v2", "Order.created", ""][..],
+            ),
             ("order.*", &["order.created", "order."], &["order", "order.line.added", "orders.created"]),
             ("*.created", &["order.created", ".created"], &["created", "a.order.created"]),
             ("order.>", &["order.created", "order.line.added", "order."], &["order", "orders.created"]),

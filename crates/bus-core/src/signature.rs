@@ -86,7 +86,8 @@ impl SigningSecret {
     }
 
     fn from_key(key: SecretSlice<u8>) -> Self {
-        let keyed = Hmac::new_from_slice(key.expose_secret()).expect("HMAC takes a key of any length (RFC 2104 §2)");
+        let keyed =
+            Hmac::new_from_slice(key.expose_secret()).expect("HMAC takes a key of any length (RFC 2104 §2)");
         Self { key, keyed }
     }
 
@@ -222,7 +223,12 @@ mod tests {
         ])
     }
 
-    fn check(secrets: &[SigningSecret], headers: &HeaderMap, body: &[u8], now: i64) -> Result<(), VerifyError> {
+    fn check(
+        secrets: &[SigningSecret],
+        headers: &HeaderMap,
+        body: &[u8],
+        now: i64,
+    ) -> Result<(), VerifyError> {
         verify(secrets, headers, body, Timestamp::from_second(now).unwrap(), SignedDuration::from_mins(5))
     }
 

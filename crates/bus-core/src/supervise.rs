@@ -28,9 +28,11 @@ pub async fn connect<C>(ctx: &Ctx<C>, pool: &PgPool) -> Result<Option<Transport>
     let postgres = ctx.health.condition("postgres");
     let broker = transport.nats.is_some().then(|| ctx.health.condition("nats"));
     let ready = async {
-        until_ready("the database", || async { pg::check_schema(pool).await.map_err(retryable_store) }).await?;
+        until_ready("the database", || async { pg::check_schema(pool).await.map_err(retryable_store) })
+            .await?;
         postgres.set(true);
-        until_ready("the broker", || async { transport.queue.prepare().await.map_err(retryable_queue) }).await?;
+        until_ready("the broker", || async { transport.queue.prepare().await.map_err(retryable_queue) })
+            .await?;
         if let Some(broker) = &broker {
             broker.set(true);
         }

@@ -45,7 +45,7 @@ fn with(toml: Option<&str>, more: &[(&str, &str)]) -> Loaded<Role> {
 }
 
 fn refusal(toml: Option<&str>, environment: &[(&str, &str)]) -> String {
-    Chain(&try_load(toml, environment).err().expect("refused")).to_string()
+    Chain(&try_load(toml, environment).expect_err("refused")).to_string()
 }
 
 #[test]

@@ -45,7 +45,11 @@ fn check(case: &Case) -> Result<(), String> {
             }
             let selected = serde_json::to_value(selected).unwrap();
             let mut allowed = case.result.iter().chain(case.results.iter().flatten());
-            if allowed.any(|allowed| *allowed == selected) { Ok(()) } else { Err(format!("selects {selected}")) }
+            if allowed.any(|allowed| *allowed == selected) {
+                Ok(())
+            } else {
+                Err(format!("selects {selected}"))
+            }
         }
     }
 }

@@ -9,7 +9,9 @@ fn naive(pattern: &[&str], event_type: &[&str]) -> bool {
     match pattern {
         [] => event_type.is_empty(),
         [">"] => !event_type.is_empty(),
-        ["*", rest @ ..] => (0..=event_type.len()).any(|taken| taken == 1 && naive(rest, &event_type[taken..])),
+        ["*", rest @ ..] => {
+            (0..=event_type.len()).any(|taken| taken == 1 && naive(rest, &event_type[taken..]))
+        }
         [token, rest @ ..] => event_type.first() == Some(token) && naive(rest, &event_type[1..]),
     }
 }
@@ -36,7 +38,9 @@ fn check(pattern: &str, event_type: &str) -> Result<(), TestCaseError> {
             prop_assert_eq!(parsed.as_str(), pattern);
             // What an index over first tokens may rely on.
             if parsed.matches(event_type) {
-                prop_assert!(parsed.first_token().is_none_or(|first| event_type.split('.').next() == Some(first)));
+                prop_assert!(
+                    parsed.first_token().is_none_or(|first| event_type.split('.').next() == Some(first))
+                );
             }
         }
         Err(error) => {

@@ -92,11 +92,8 @@ mod tests {
         #[case] value: &str,
         #[case] complaint: Option<&str>,
     ) {
-        let environment = [
-            ("DATABASE_URL", "postgres://localhost/bus"),
-            ("NATS_URL", "nats://localhost"),
-            (name, value),
-        ];
+        let environment =
+            [("DATABASE_URL", "postgres://localhost/bus"), ("NATS_URL", "nats://localhost"), (name, value)];
         let loaded =
             load::<WorkerConfig>(None, environment.map(|(name, value)| (name.to_owned(), value.to_owned())));
         match (loaded, complaint) {

@@ -83,7 +83,11 @@ impl Deliverer {
         self.receipts.send(receipt(&delivery.key, number, outcome, &report, at));
     }
 
-    async fn prepare(&self, key: &DeliveryKey, body: Body) -> Result<(Arc<Connection>, Bytes), Undeliverable> {
+    async fn prepare(
+        &self,
+        key: &DeliveryKey,
+        body: Body,
+    ) -> Result<(Arc<Connection>, Bytes), Undeliverable> {
         let later = |failed: Arc<pg::StoreError>| Undeliverable::Later(Box::new(failed));
         let connection = self
             .connections
@@ -100,9 +104,12 @@ impl Deliverer {
         }
         let body = match body {
             Body::Inline(body) => body,
-            Body::Stored => {
-                self.bodies.get(key.event).await.map_err(later)?.ok_or(Undeliverable::Dead("event_expired"))?
-            }
+            Body::Stored => self
+                .bodies
+                .get(key.event)
+                .await
+                .map_err(later)?
+                .ok_or(Undeliverable::Dead("event_expired"))?,
         };
         Ok((connection, body))
     }

@@ -1,7 +1,7 @@
 //! The delivery worker: takes deliveries from the queue and brings each to its end.
 //!
-//! The way of a delivery: [`lane`] pulls it, [`delivery`] finds its connection and decides what follows
-//! from the attempt, [`webhook`] makes the attempt.
+//! The way of a delivery: [`lane`] pulls it, `delivery` finds its connection and decides what follows from
+//! the attempt, [`webhook`] makes the attempt.
 
 mod bodies;
 pub mod config;
@@ -26,8 +26,7 @@ use crate::{
 };
 
 /// What this binary is.
-pub const ROLE: Role =
-    Role { name: "delivery-worker", about: "Delivers queued events to their subscribers" };
+pub const ROLE: Role = Role { name: "delivery-worker", about: "Delivers queued events to their subscribers" };
 
 /// Runs until [`Ctx::stop`].
 pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {

@@ -41,7 +41,11 @@ impl Receipts {
     }
 }
 
-async fn forward(queue: Arc<dyn DeliveryQueue>, mut receipts: mpsc::Receiver<Receipt>, stop: CancellationToken) {
+async fn forward(
+    queue: Arc<dyn DeliveryQueue>,
+    mut receipts: mpsc::Receiver<Receipt>,
+    stop: CancellationToken,
+) {
     let mut batch = Vec::with_capacity(BATCH);
     while receipts.recv_many(&mut batch, BATCH).await > 0 {
         if batch.len() < BATCH {

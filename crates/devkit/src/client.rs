@@ -35,7 +35,6 @@ impl Reply {
     ///
     /// # Panics
     /// If it has another; then with the body.
-    #[must_use]
     pub fn expect(self, status: u16) -> Self {
         assert_eq!(self.status, status, "{}: {:#}", self.request, self.body);
         self
@@ -52,17 +51,23 @@ impl Reply {
 
     /// The string at a JSON pointer.
     ///
+    /// # Errors
+    /// If there is none. The body is not in the error: it may hold a secret.
+    pub fn string(&self, pointer: &str) -> Result<&str> {
+        let found = self.body.pointer(pointer).and_then(Value::as_str);
+        found.with_context(|| format!("{}: no string at {pointer} in the answer", self.request))
+    }
+
+    /// The string at a JSON pointer, for tests.
+    ///
     /// # Panics
     /// If there is none; then with the body.
     #[must_use]
     pub fn text(&self, pointer: &str) -> &str {
-        self.body
-            .pointer(pointer)
-            .and_then(Value::as_str)
-            .unwrap_or_else(|| panic!("{}: no string at {pointer} in {:#}", self.request, self.body))
+        self.string(pointer).unwrap_or_else(|error| panic!("{error}: {:#}", self.body))
     }
 
-    /// The `id` of what was created or read.
+    /// The `id` of what was created or read, for tests.
     ///
     /// # Panics
     /// If there is none.
@@ -209,6 +214,24 @@ impl ApiClient {
     /// If no answer comes.
     pub async fn publish_structured(&self, event: &Value) -> Result<Reply> {
         self.publish_as("application/cloudevents+json", event.to_string().into_bytes()).await
+    }
+
+    /// Publishes a CloudEvent, given in its JSON form, in binary mode: its string attributes as headers,
+    /// its JSON data as the body.
+    ///
+    /// # Errors
+    /// If no answer comes.
+    pub async fn publish_binary(&self, event: &Value) -> Result<Reply> {
+        let mut request = self.request(Method::POST, "/v1/events");
+        let attributes = event.as_object().into_iter().flatten();
+        for (name, value) in attributes.filter(|(name, _)| *name != "data") {
+            let value = value.as_str().unwrap_or_default();
+            request = match name.as_str() {
+                "datacontenttype" => request.header("content-type", value),
+                _ => request.header(format!("ce-{name}"), value),
+            };
+        }
+        self.send(request.body(event["data"].to_string())).await
     }
 
     /// Publishes CloudEvents in batch mode.

@@ -241,6 +241,15 @@ impl RoleProcess {
         Ok((answer.status().as_u16(), answer.text().await?))
     }
 
+    /// A counter or gauge of `/metrics`, summed over its labels; 0 if it has not been counted yet.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub async fn metric(&self, name: &str) -> Result<f64> {
+        let (_, page) = self.admin_get("/metrics").await?;
+        Ok(sum_metric(&page, name))
+    }
+
     /// Asks it to drain.
     ///
     /// # Errors
@@ -299,6 +308,16 @@ impl RoleProcess {
     }
 }
 
+/// Sums a metric in the Prometheus text format.
+fn sum_metric(page: &str, name: &str) -> f64 {
+    let samples = page.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        // Without labels a space follows; anything else is the start of a longer name.
+        rest.starts_with([' ', '{']).then(|| rest.rsplit_once(' ')?.1.parse::<f64>().ok()).flatten()
+    });
+    samples.sum()
+}
+
 fn read_addresses(file: &Path) -> Option<Addresses> {
     serde_json::from_slice(&fs::read(file).ok()?).ok()
 }
@@ -317,4 +336,19 @@ pub async fn is_ready(addresses: &Addresses) -> bool {
     crate::install_tls_provider();
     let Ok(http) = reqwest::Client::builder().no_proxy().timeout(REQUEST).build() else { return false };
     ready(&http, addresses).await.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::missing_docs_in_private_items)]
+
+    use super::*;
+
+    #[test]
+    fn a_metric_is_summed_over_its_labels() {
+        let page = "# TYPE attempts_total counter\nattempts_total{outcome=\"a b\"} 2\n\
+                    attempts_total{outcome=\"c\"} 3\nattempts_total_x 9\nup 1\n";
+        assert_eq!((sum_metric(page, "attempts_total"), sum_metric(page, "up")), (5.0, 1.0));
+        assert_eq!(sum_metric(page, "down"), 0.0);
+    }
 }

@@ -3,9 +3,15 @@
 use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
 
 use anyhow::{Context, Result, ensure};
-use async_nats::jetstream;
+use async_nats::jetstream::{
+    self,
+    stream::{Info as StreamInfo, RetentionPolicy},
+};
 use futures::TryStreamExt;
-use sqlx::postgres::{PgPool, PgPoolOptions};
+use sqlx::{
+    Connection, PgConnection,
+    postgres::{PgPool, PgPoolOptions},
+};
 
 use crate::{
     client::ApiClient,
@@ -332,6 +338,30 @@ impl Stack {
         }
     }
 
+    /// How many deliveries are queued or parked: with 0, and nothing being published, none will come.
+    ///
+    /// # Errors
+    /// If the queue cannot be read.
+    pub async fn undelivered(&self) -> Result<u64> {
+        let mut owner = PgConnection::connect(self.database.url()).await?;
+        let rows: i64 = sqlx::query_scalar(
+            "SELECT (SELECT count(*) FROM delivery_queue) + (SELECT count(*) FROM parked_deliveries) \
+             + (SELECT count(*) FROM outbox WHERE finished_at IS NULL)",
+        )
+        .fetch_one(&mut owner)
+        .await
+        .context("count the deliveries in the database")?;
+        owner.close().await?;
+        let mut waiting = u64::try_from(rows)?;
+        if let Some(url) = self.nats_url() {
+            let streams = streams(&connect_nats(&url).await?, &self.prefix).await?;
+            let queues =
+                streams.iter().filter(|stream| stream.config.retention == RetentionPolicy::WorkQueue);
+            waiting += queues.map(|stream| stream.state.messages).sum::<u64>();
+        }
+        Ok(waiting)
+    }
+
     /// Where the processes write.
     #[must_use]
     pub fn logs(&self) -> PathBuf {
@@ -394,16 +424,22 @@ async fn own_servers(options: &StackOptions, durability: Durability) -> Result<S
     Ok(Servers::Own { nats, postgres: Box::new(postgres) })
 }
 
-/// Removes the streams with subjects of one deployment from a server that others use too.
+/// Removes the streams of one deployment from a server that others use too.
 async fn delete_streams(nats_url: &str, prefix: &str) -> Result<()> {
     let client = connect_nats(nats_url).await?;
-    let jetstream = jetstream::new(client);
-    let streams: Vec<_> = jetstream.streams().try_collect().await.context("list the streams")?;
-    for stream in streams {
-        let subjects = &stream.config.subjects;
-        if subjects.iter().any(|subject| subject.split('.').next() == Some(prefix)) {
-            jetstream.delete_stream(&stream.config.name).await.context("delete a stream of a test")?;
-        }
+    for stream in streams(&client, prefix).await? {
+        let deleted = jetstream::new(client.clone()).delete_stream(&stream.config.name).await;
+        deleted.context("delete a stream of a test")?;
     }
     Ok(())
+}
+
+/// The streams with subjects of one deployment.
+async fn streams(client: &async_nats::Client, prefix: &str) -> Result<Vec<StreamInfo>> {
+    let streams: Vec<StreamInfo> =
+        jetstream::new(client.clone()).streams().try_collect().await.context("list the streams")?;
+    let ours = |stream: &StreamInfo| {
+        stream.config.subjects.iter().any(|subject| subject.split('.').next() == Some(prefix))
+    };
+    Ok(streams.into_iter().filter(ours).collect())
 }

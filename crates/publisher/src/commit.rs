@@ -8,8 +8,7 @@ use std::{
 };
 
 use bus_core::{
-    delivery::DeliveryKey,
-    ids::{DeliveryId, EventUid, Ids, KeyId, OrganizationId, OutboxId},
+    ids::{EventUid, Ids, KeyId, OrganizationId, OutboxId},
     matcher::{Snapshot, Subject},
     pg::{self, Claim, Identity, NewEvent, StoreError, Taken, UniqueKey},
     telemetry::Chain,
@@ -192,7 +191,8 @@ impl Committer {
         }
         if let Some((prefix, lanes)) = &self.queue_in_database {
             for event in &events {
-                let keys: Vec<(DeliveryKey, u32)> = event.deliveries().map(|key| (key, 0)).collect();
+                let mut keys = Vec::with_capacity(event.targets.len());
+                keys.extend(event.targets.iter().map(|target| (event.delivery(target), 0)));
                 pg::insert_queued(transaction, &keys, *lanes).await?;
             }
             pg::notify_enqueued(transaction, prefix).await?;
@@ -260,7 +260,11 @@ impl<'a> Plan<'a> {
     }
 
     fn live(&self) -> impl Iterator<Item = &'a Job> {
-        self.group.iter().zip(&self.fates).filter(|(_, fate)| matches!(fate, Fate::Events(_))).map(|(job, _)| job)
+        self.group
+            .iter()
+            .zip(&self.fates)
+            .filter(|(_, fate)| matches!(fate, Fate::Events(_)))
+            .map(|(job, _)| job)
     }
 
     fn idempotency_claims(&self) -> Vec<Claim> {
@@ -297,7 +301,10 @@ impl<'a> Plan<'a> {
 
     /// Returns the idempotency keys whose requests hold events that were published before, with the
     /// events that they stand for now.
-    fn settle_repeated_events(&mut self, taken: &HashMap<UniqueKey, Taken>) -> Vec<(UniqueKey, Vec<EventUid>)> {
+    fn settle_repeated_events(
+        &mut self,
+        taken: &HashMap<UniqueKey, Taken>,
+    ) -> Vec<(UniqueKey, Vec<EventUid>)> {
         let mut amended = Vec::new();
         for (job, fate) in self.group.iter().zip(&mut self.fates) {
             let Fate::Events(events) = fate else { continue };
@@ -363,7 +370,12 @@ impl<'a> Plan<'a> {
                     body: body.clone(),
                 });
                 if !targets.is_empty() {
-                    fan_out.push(FanOutEvent { uid, organization: *organization, body: body.clone(), targets });
+                    fan_out.push(FanOutEvent {
+                        uid,
+                        organization: *organization,
+                        body: body.clone(),
+                        targets,
+                    });
                 }
             }
         }
@@ -409,19 +421,5 @@ fn identity(job: &Job, index: usize) -> Identity {
         source: event.source.clone(),
         r#type: event.r#type.clone(),
         time: event.time.unwrap_or(job.publish.at),
-    }
-}
-
-impl FanOutEvent {
-    /// The event's deliveries.
-    pub(crate) fn deliveries(&self) -> impl Iterator<Item = DeliveryKey> + '_ {
-        self.targets.iter().map(|target| DeliveryKey {
-            id: DeliveryId::derive(self.uid, target.subscription),
-            event: self.uid,
-            organization: self.organization,
-            subscription: target.subscription,
-            connection: target.connection,
-            connection_version: target.connection_version,
-        })
     }
 }

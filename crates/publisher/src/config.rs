@@ -76,7 +76,9 @@ impl RoleConfig for PublisherConfig {
             ));
         }
         if publish.committers == 0 || publish.fan_outs == 0 || publish.max_group == 0 {
-            return Some("publish.committers, publish.fan_outs and publish.max_group must be at least 1".into());
+            return Some(
+                "publish.committers, publish.fan_outs and publish.max_group must be at least 1".into(),
+            );
         }
         if publish.max_event_bytes > publish.max_body_bytes {
             return Some("publish.max_event_bytes must not exceed publish.max_body_bytes".into());

@@ -6,7 +6,8 @@
 use std::{sync::Arc, time::Duration};
 
 use bus_core::{
-    ids::{ConnectionId, EventUid, OrganizationId, OutboxId, SubscriptionId},
+    delivery::DeliveryKey,
+    ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, OutboxId, SubscriptionId},
     launcher::Ctx,
     matcher::Candidate,
     pg,
@@ -23,7 +24,7 @@ use tracing::warn;
 use crate::config::PublisherConfig;
 
 /// Deliveries that are handed to the queue at a time; bounds memory where an event has many targets.
-pub(crate) const CHUNK: usize = 1_000;
+const CHUNK: usize = 1_000;
 
 /// Finished rows are marked together, at most this long after the first.
 const FINISH_EVERY: Duration = Duration::from_millis(100);
@@ -53,6 +54,20 @@ pub(crate) struct FanOutEvent {
     pub(crate) organization: OrganizationId,
     pub(crate) body: Bytes,
     pub(crate) targets: Vec<Target>,
+}
+
+impl FanOutEvent {
+    /// The event's delivery to one of its targets.
+    pub(crate) fn delivery(&self, target: &Target) -> DeliveryKey {
+        DeliveryKey {
+            id: DeliveryId::derive(self.uid, target.subscription),
+            event: self.uid,
+            organization: self.organization,
+            subscription: target.subscription,
+            connection: target.connection,
+            connection_version: target.connection_version,
+        }
+    }
 }
 
 /// One transaction's fan-out.
@@ -103,25 +118,43 @@ impl FanOuts {
     }
 
     async fn run(&self, events: &[FanOutEvent]) -> Result<(), QueueError> {
-        let deliveries = events
-            .iter()
-            .flat_map(|event| event.deliveries().map(|key| Enqueue { key, attempts: 0, body: event.body.clone() }));
-        enqueue_all(self.queue.as_ref(), deliveries).await
+        let mut chunks = Chunks::new(self.queue.as_ref());
+        for event in events {
+            for target in &event.targets {
+                chunks.push(event.delivery(target), &event.body).await?;
+            }
+        }
+        chunks.finish().await
     }
 }
 
 /// Puts deliveries into the queue, [`CHUNK`] at a time.
-pub(crate) async fn enqueue_all(
-    queue: &dyn DeliveryQueue,
-    deliveries: impl Iterator<Item = Enqueue>,
-) -> Result<(), QueueError> {
-    let mut deliveries = deliveries.peekable();
-    while deliveries.peek().is_some() {
-        let chunk: Vec<Enqueue> = deliveries.by_ref().take(CHUNK).collect();
-        queue.enqueue(&chunk).await?;
-        counter!("bus_deliveries_enqueued").increment(chunk.len() as u64);
+pub(crate) struct Chunks<'q> {
+    queue: &'q dyn DeliveryQueue,
+    chunk: Vec<Enqueue>,
+}
+
+impl<'q> Chunks<'q> {
+    pub(crate) fn new(queue: &'q dyn DeliveryQueue) -> Self {
+        Self { queue, chunk: Vec::new() }
     }
-    Ok(())
+
+    pub(crate) async fn push(&mut self, key: DeliveryKey, body: &Bytes) -> Result<(), QueueError> {
+        self.chunk.push(Enqueue { key, attempts: 0, body: body.clone() });
+        if self.chunk.len() == CHUNK { self.send().await } else { Ok(()) }
+    }
+
+    /// To be called after the last delivery; what is dropped without it was not put in.
+    pub(crate) async fn finish(mut self) -> Result<(), QueueError> {
+        if self.chunk.is_empty() { Ok(()) } else { self.send().await }
+    }
+
+    async fn send(&mut self) -> Result<(), QueueError> {
+        self.queue.enqueue(&self.chunk).await?;
+        counter!("bus_deliveries_enqueued").increment(self.chunk.len() as u64);
+        self.chunk.clear();
+        Ok(())
+    }
 }
 
 async fn mark_finished(pool: PgPool, mut rows: mpsc::Receiver<OutboxId>) {

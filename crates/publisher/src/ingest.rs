@@ -129,8 +129,11 @@ impl Ingest {
         // The semaphore is the bound that counts; the channel only has to be as long.
         let units = (config.max_waiting_bytes / UNIT).clamp(1, Semaphore::MAX_PERMITS);
         let (jobs, receiver) = mpsc::channel(units);
-        let ingest =
-            Self { jobs, memory: Arc::new(Semaphore::new(units)), max_wait: Duration::from_millis(config.max_wait_ms) };
+        let ingest = Self {
+            jobs,
+            memory: Arc::new(Semaphore::new(units)),
+            max_wait: Duration::from_millis(config.max_wait_ms),
+        };
         (ingest, receiver)
     }
 

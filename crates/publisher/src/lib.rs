@@ -23,8 +23,8 @@ use bus_core::{
     launcher::{BoxError, Ctx, Role},
     pg, supervise,
 };
-use sha2::{Digest as _, Sha256};
 use secrecy::ExposeSecret as _;
+use sha2::{Digest as _, Sha256};
 
 use crate::{
     commit::Committer,
@@ -62,7 +62,10 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
     };
     commit::start(&ctx.tasks, committer, jobs);
     let beat = ctx.health.heartbeat("relay", relay::INTERVAL * 60);
-    ctx.spawn("relay", relay::run(pool.clone(), transport.queue.clone(), publish.clone(), beat, ctx.stop.clone()));
+    ctx.spawn(
+        "relay",
+        relay::run(pool.clone(), transport.queue.clone(), publish.clone(), beat, ctx.stop.clone()),
+    );
 
     let state = AppState::new(Inner {
         pool,
@@ -83,7 +86,10 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
     let stop = ctx.stop.clone();
     // Closes the listener at the stop and waits for the requests that are under way. The router, and with
     // it the last way into the committers, is dropped then; they finish what they have and end.
-    axum::serve(listener, api::router(state)).with_graceful_shutdown(stop.cancelled_owned()).into_future().await?;
+    axum::serve(listener, api::router(state))
+        .with_graceful_shutdown(stop.cancelled_owned())
+        .into_future()
+        .await?;
     ctx.tasks.close();
     ctx.tasks.wait().await;
     transport.flush().await;

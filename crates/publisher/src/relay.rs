@@ -6,7 +6,7 @@ use bus_core::{
     ids::OutboxId,
     launcher::{BoxError, Heartbeat},
     pg,
-    queue::{DeliveryQueue, Enqueue, QueueError},
+    queue::{DeliveryQueue, QueueError},
     telemetry::Chain,
 };
 use metrics::{counter, gauge};
@@ -14,7 +14,7 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::{config::PublishConfig, fanout};
+use crate::{config::PublishConfig, fanout::Chunks};
 
 /// Between two looks for rows whose holder did not finish.
 pub(crate) const INTERVAL: Duration = Duration::from_secs(1);
@@ -59,11 +59,13 @@ async fn relay_once(
     let mut finished: Vec<OutboxId> = Vec::with_capacity(rows.len());
     for row in &rows {
         for events in row.events.chunks(EVENTS) {
-            let stored = pg::load_fan_out(pool, events).await?;
-            let deliveries = stored.iter().flat_map(|event| {
-                event.deliveries.iter().map(|key| Enqueue { key: *key, attempts: 0, body: event.body.clone() })
-            });
-            fanout::enqueue_all(queue, deliveries).await?;
+            let mut chunks = Chunks::new(queue);
+            for event in pg::load_fan_out(pool, events).await? {
+                for key in &event.deliveries {
+                    chunks.push(*key, &event.body).await?;
+                }
+            }
+            chunks.finish().await?;
         }
         finished.push(row.id);
     }

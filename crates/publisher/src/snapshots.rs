@@ -25,7 +25,9 @@ impl Snapshots {
     pub fn new(pool: PgPool) -> Self {
         let cache = Cache::builder()
             .max_capacity(CAPACITY)
-            .weigher(|_, snapshot: &Arc<Snapshot>| u32::try_from(snapshot.len()).unwrap_or(u32::MAX).saturating_add(1))
+            .weigher(|_, snapshot: &Arc<Snapshot>| {
+                u32::try_from(snapshot.len()).unwrap_or(u32::MAX).saturating_add(1)
+            })
             .build();
         Self { pool, cache }
     }

@@ -83,8 +83,16 @@ const PRODUCTS: [(&str, u32); 10] = [
     ("gps-watch", 38_500),
     ("socks", 1_490),
 ];
-const CUSTOMERS: [&str; 8] =
-    ["Amara Okafor", "Björn Lindqvist", "Chen Wei", "Dolores Ibáñez", "Elif Yılmaz", "Farid Haddad", "Grace O'Neill", "Hana Sato"];
+const CUSTOMERS: [&str; 8] = [
+    "Amara Okafor",
+    "Björn Lindqvist",
+    "Chen Wei",
+    "Dolores Ibáñez",
+    "Elif Yılmaz",
+    "Farid Haddad",
+    "Grace O'Neill",
+    "Hana Sato",
+];
 const CARRIERS: [&str; 3] = ["Northwind Freight", "Swift Parcel", "Blue Heron"];
 
 impl Happening {
@@ -126,7 +134,9 @@ impl Happening {
             Self::CustomerRegistered { tier, newsletter } => {
                 json!({ "customer": { "tier": tier.name() }, "newsletter": newsletter })
             }
-            Self::ShipmentDispatched { carrier, parcels } => json!({ "carrier": carrier, "parcels": parcels }),
+            Self::ShipmentDispatched { carrier, parcels } => {
+                json!({ "carrier": carrier, "parcels": parcels })
+            }
             Self::ParcelDelivered { carrier } => json!({ "carrier": carrier }),
             Self::ParcelReturned { carrier, reason } => json!({ "carrier": carrier, "reason": reason }),
         }
@@ -172,7 +182,13 @@ pub(super) fn draw(n: usize, seed: u64) -> Vec<Event> {
             let happening = Happening::draw(&mut random);
             let publisher = happening.publisher();
             let subject = format!("{}/{}", publisher.name(), random.random_range(10_000..100_000));
-            Event { id: format!("e-{number:05}"), publisher, happening, subject, customer: pick(&mut random, &CUSTOMERS) }
+            Event {
+                id: format!("e-{number:05}"),
+                publisher,
+                happening,
+                subject,
+                customer: pick(&mut random, &CUSTOMERS),
+            }
         })
         .collect()
 }

@@ -107,8 +107,7 @@ pub(super) fn settle(published: &[Published], inbox: &Inbox<'_>, faults: &mut Fa
             continue;
         }
         let known = events.get(seen.id.as_str());
-        let Some(known) =
-            known.filter(|known| inbox.subscription.judge(&known.event) == Verdict::Deliver)
+        let Some(known) = known.filter(|known| inbox.subscription.judge(&known.event) == Verdict::Deliver)
         else {
             faults.unwanted += 1;
             faults.tell(format!("{place}: event {} was not asked for", seen.id));
@@ -157,11 +156,7 @@ fn percentile(sorted: &[Duration], percent: usize) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
-    #![allow(
-        clippy::unwrap_used,
-        clippy::missing_docs_in_private_items,
-        clippy::disallowed_methods
-    )]
+    #![allow(clippy::unwrap_used, clippy::missing_docs_in_private_items, clippy::disallowed_methods)]
 
     use std::time::SystemTime;
 
@@ -172,26 +167,94 @@ mod tests {
 
     const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 
-    fn delivery(event: &Event, shop: &str, webhook_id: &str, secret: &str) -> Received {
+    fn delivery(event: &Event, shop: &str, webhook_id: &'static str, secret: &str) -> Received {
         let body = event.to_json(shop).to_string();
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
-        let signature =
-            Webhook::new(secret).unwrap().sign(webhook_id, now.try_into().unwrap(), body.as_bytes()).unwrap();
-        let request = devkit::receiver::Received::for_test(body);
-        request
-            .with_header("webhook-id", webhook_id)
-            .with_header("webhook-timestamp", &now.to_string())
-            .with_header("webhook-signature", &signature)
+        let webhook = Webhook::new(secret).unwrap();
+        let signature = webhook.sign(webhook_id, now.try_into().unwrap(), body.as_bytes()).unwrap();
+        let mut received = Received {
+            method: Default::default(),
+            path: String::new(),
+            query: None,
+            headers: Default::default(),
+            body: body.into(),
+            at: Instant::now(),
+            time: Default::default(),
+        };
+        received.headers.insert("webhook-id", webhook_id.parse().unwrap());
+        received.headers.insert("webhook-timestamp", now.into());
+        received.headers.insert("webhook-signature", signature.parse().unwrap());
+        received
     }
 
-    fn settled(received: impl FnOnce(&[Event]) -> Vec<Received>) -> (Row, Faults) {
+    /// What the ledger says of the first subscription of the first shop, `order.placed`.
+    fn settled(receive: impl FnOnce(&[Event]) -> Vec<Received>) -> (Row, Faults) {
         let shop = &SHOPS[0];
-        let events = draw(200, 3);
-        let received = received(&events);
         let at = Instant::now();
+        let events = draw(200, 3);
+        let received = receive(&events);
         let published: Vec<_> = events.into_iter().map(|event| Published { event, at }).collect();
         let mut faults = Faults::default();
         let inbox = Inbox { shop, subscription: &shop.subscriptions[0], secret: SECRET, received };
         (settle(&published, &inbox, &mut faults), faults)
+    }
+
+    fn is_order(event: &&Event) -> bool {
+        event.event_type() == "order.placed"
+    }
+
+    #[test]
+    fn all_that_was_asked_for_and_nothing_else_is_well() {
+        let (row, faults) = settled(|events| {
+            events.iter().filter(is_order).map(|event| delivery(event, "alpine", "m_1", SECRET)).collect()
+        });
+        assert_eq!((row.published, row.delivered, row.duplicates), (200, row.matched, 0));
+        assert!(row.matched > 0 && row.p50.is_some() && row.p50 <= row.p99);
+        assert!(faults.told.is_empty(), "{faults:?}");
+    }
+
+    #[test]
+    fn what_does_not_come_is_missing() {
+        let (row, _) = settled(|_| Vec::new());
+        assert!(row.matched > 0);
+        assert_eq!((row.delivered, row.p50), (0, None));
+    }
+
+    #[test]
+    fn a_repeat_is_a_duplicate_and_under_another_id_a_fault() {
+        let (row, faults) = settled(|events| {
+            let order = events.iter().find(is_order).unwrap();
+            ["m_1", "m_1", "m_2"].map(|id| delivery(order, "alpine", id, SECRET)).into()
+        });
+        assert_eq!((row.delivered, row.duplicates, faults.renamed), (1, 2, 1));
+    }
+
+    #[test]
+    fn an_event_of_another_organization_is_a_leak_and_not_delivered() {
+        let (row, faults) = settled(|events| {
+            let order = events.iter().find(is_order).unwrap();
+            vec![delivery(order, "boreal", "m_1", SECRET)]
+        });
+        assert_eq!((row.delivered, faults.leaks), (0, 1));
+    }
+
+    #[test]
+    fn an_event_that_was_not_asked_for_and_a_wrong_signature_are_faults() {
+        let (row, faults) = settled(|events| {
+            let other = events.iter().find(|event| !is_order(event)).unwrap();
+            let order = events.iter().find(is_order).unwrap();
+            let wrong = "whsec_d3Jvbmd3cm9uZ3dyb25nd3Jvbmd3cm9uZw==";
+            vec![delivery(other, "alpine", "m_1", SECRET), delivery(order, "alpine", "m_2", wrong)]
+        });
+        assert_eq!((row.delivered, faults.unwanted, faults.forged), (1, 1, 1));
+    }
+
+    #[test]
+    fn percentiles_are_values_that_occurred() {
+        let values: Vec<_> = (1..=200).map(Duration::from_millis).collect();
+        assert_eq!(percentile(&values, 50), Some(Duration::from_millis(100)));
+        assert_eq!(percentile(&values, 99), Some(Duration::from_millis(198)));
+        assert_eq!(percentile(&values[..1], 50), Some(Duration::from_millis(1)));
+        assert_eq!(percentile(&[], 99), None);
     }
 }

@@ -50,11 +50,10 @@ impl Subscription {
 
     /// What it asks for, for people.
     pub(super) fn describe(&self) -> String {
-        match (self.publisher, self.filter) {
-            (Some(publisher), _) => format!("{} from {}", self.event_type, publisher.name()),
-            (_, Some(filter)) => format!("{} where {filter}", self.event_type),
-            _ => self.event_type.to_owned(),
-        }
+        let publisher =
+            self.publisher.map_or_else(String::new, |publisher| format!(" from {}", publisher.name()));
+        let filter = self.filter.map_or_else(String::new, |filter| format!(" where {filter}"));
+        format!("{}{publisher}{filter}", self.event_type)
     }
 }
 
@@ -73,7 +72,9 @@ fn is_payment(event: &Event) -> bool {
 fn is_shipment(event: &Event) -> bool {
     matches!(
         event.happening,
-        Happening::ShipmentDispatched { .. } | Happening::ParcelDelivered { .. } | Happening::ParcelReturned { .. }
+        Happening::ShipmentDispatched { .. }
+            | Happening::ParcelDelivered { .. }
+            | Happening::ParcelReturned { .. }
     )
 }
 
@@ -145,11 +146,7 @@ pub(super) const SHOPS: [Shop; 2] = [
             ACCOUNTING,
             TRACKING,
             ANALYTICS,
-            Subscription {
-                filter: Some("$[?@.tier == 'gold']"),
-                selects: is_of_gold_customer,
-                ..CONCIERGE
-            },
+            Subscription { filter: Some("$[?@.tier == 'gold']"), selects: is_of_gold_customer, ..CONCIERGE },
         ],
     },
 ];

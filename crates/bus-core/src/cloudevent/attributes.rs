@@ -27,7 +27,9 @@ impl Attributes {
         if RESERVED.contains(&name) {
             return Err(EventError::new(
                 EventErrorKind::NotSupported,
-                format!("`{name}` is reserved for scheduled events, which are not supported yet; leave it out"),
+                format!(
+                    "`{name}` is reserved for scheduled events, which are not supported yet; leave it out"
+                ),
             ));
         }
         self.bytes = self.bytes.saturating_add(name.len()).saturating_add(value.len());
@@ -90,7 +92,9 @@ pub(super) fn check_specversion(version: &str) -> Result<(), EventError> {
     if version == "1.0" {
         return Ok(());
     }
-    Err(EventError::attribute("`specversion` must be \"1.0\", the version of CloudEvents that is spoken here"))
+    Err(EventError::attribute(
+        "`specversion` must be \"1.0\", the version of CloudEvents that is spoken here",
+    ))
 }
 
 fn string(name: &str, value: ExtensionValue) -> Result<String, EventError> {
@@ -117,8 +121,9 @@ fn text(name: &str, value: ExtensionValue, most: usize) -> Result<String, EventE
 
 /// "Type System", String: no control characters and no noncharacters. Lone surrogates are no `char`.
 fn check_characters(name: &str, text: &str) -> Result<(), EventError> {
-    let noncharacter =
-        |character: char| matches!(u32::from(character), 0xFDD0..=0xFDEF) || u32::from(character) & 0xFFFE == 0xFFFE;
+    let noncharacter = |character: char| {
+        matches!(u32::from(character), 0xFDD0..=0xFDEF) || u32::from(character) & 0xFFFE == 0xFFFE
+    };
     if text.chars().any(|character| character.is_control() || noncharacter(character)) {
         return Err(EventError::attribute(format!(
             "`{}` must not contain control characters or Unicode noncharacters",
@@ -228,10 +233,23 @@ mod tests {
             assert_eq!(timestamp(text).map(|time| time.to_string()).as_deref(), Some(expected), "{text}");
         }
         for text in [
-            "", "2026-01-31", "2026-01-31T09:30:00", "2026-01-31 09:30:00Z", "20260131T093000Z", "2026-01-31T09:30Z",
-            "2026-01-31T09:30:00,5Z", "2026-01-31T09:30:00.Z", "2026-01-31T09:30:00+01", "2026-01-31T09:30:00+0100",
-            "2026-01-31T09:30:00Z[UTC]", "2026-02-30T09:30:00Z", "2026-01-31T24:00:00Z", "0000-01-01T00:00:00+01:00",
-            "2026-01-31T09:30:00.1234567891Z", "2026-01-31T09:30:0\u{e9}Z", "1769851800",
+            "",
+            "2026-01-31",
+            "2026-01-31T09:30:00",
+            "2026-01-31 09:30:00Z",
+            "20260131T093000Z",
+            "2026-01-31T09:30Z",
+            "2026-01-31T09:30:00,5Z",
+            "2026-01-31T09:30:00.Z",
+            "2026-01-31T09:30:00+01",
+            "2026-01-31T09:30:00+0100",
+            "2026-01-31T09:30:00Z[UTC]",
+            "2026-02-30T09:30:00Z",
+            "2026-01-31T24:00:00Z",
+            "0000-01-01T00:00:00+01:00",
+            "2026-01-31T09:30:00.1234567891Z",
+            "2026-01-31T09:30:0\u{e9}Z",
+            "1769851800",
         ] {
             assert_eq!(timestamp(text), None, "{text}");
         }

@@ -34,7 +34,9 @@ pub(super) fn event(
         let mut values = headers.get_all(name).iter();
         let value = values.next().map_or(&b""[..], HeaderValue::as_bytes);
         if values.next().is_some() {
-            return Err(EventError::attribute(format!("the header `{name}` is there twice")).at_header(name.as_str()));
+            return Err(
+                EventError::attribute(format!("the header `{name}` is there twice")).at_header(name.as_str())
+            );
         }
         decode(value)
             .and_then(|value| match attribute {
@@ -42,7 +44,9 @@ pub(super) fn event(
                     version = true;
                     check_specversion(&value)
                 }
-                "datacontenttype" => Err(EventError::attribute("in binary mode this is the header `Content-Type`")),
+                "datacontenttype" => {
+                    Err(EventError::attribute("in binary mode this is the header `Content-Type`"))
+                }
                 "data" => Err(EventError::attribute("in binary mode the payload is the body")),
                 _ => attributes.set(attribute, ExtensionValue::String(value)),
             })
@@ -90,7 +94,8 @@ fn decode(value: &[u8]) -> Result<String, EventError> {
 }
 
 fn encode(value: &str) -> HeaderValue {
-    HeaderValue::try_from(utf8_percent_encode(value, ENCODED).to_string()).expect("percent-encoded text is visible ASCII")
+    HeaderValue::try_from(utf8_percent_encode(value, ENCODED).to_string())
+        .expect("percent-encoded text is visible ASCII")
 }
 
 /// Writes an event.

@@ -31,10 +31,12 @@ pub(super) enum Form {
 /// Reads one event.
 pub(super) fn event(text: &[u8], form: Form) -> Result<Draft, EventError> {
     if first(text) != Some(b'{') {
-        return Err(EventError::malformed("an event must be a JSON object, like {\"type\": \"order.created\"}"));
+        return Err(EventError::malformed(
+            "an event must be a JSON object, like {\"type\": \"order.created\"}",
+        ));
     }
-    let Members(members) =
-        serde_json::from_slice(text).map_err(|error| EventError::malformed(format!("not an event: {error}")))?;
+    let Members(members) = serde_json::from_slice(text)
+        .map_err(|error| EventError::malformed(format!("not an event: {error}")))?;
     read(members, form)
 }
 

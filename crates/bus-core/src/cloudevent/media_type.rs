@@ -93,9 +93,23 @@ mod tests {
             ("text/jsonish", "text/jsonish", false, true),
         ] {
             let parsed = MediaType::parse(text).expect(text);
-            assert_eq!((parsed.essence.as_str(), parsed.is_json(), parsed.is_utf8()), (essence, json, utf8), "{text}");
+            assert_eq!(
+                (parsed.essence.as_str(), parsed.is_json(), parsed.is_utf8()),
+                (essence, json, utf8),
+                "{text}"
+            );
         }
-        for text in ["", "json", "text/", "/json", "text/pl ain", "text/plain; charset", "text/plain x", "a/b;c=\"d", "é/b"] {
+        for text in [
+            "",
+            "json",
+            "text/",
+            "/json",
+            "text/pl ain",
+            "text/plain; charset",
+            "text/plain x",
+            "a/b;c=\"d",
+            "é/b",
+        ] {
             assert_eq!(MediaType::parse(text), None, "{text}");
         }
     }

@@ -184,6 +184,7 @@ impl Draft {
 }
 
 /// The events of one request.
+#[expect(clippy::large_enum_variant, reason = "there is one per request, and it is moved a few times")]
 #[derive(Debug, Clone, PartialEq)]
 pub enum Submission {
     /// One event; the answer is about one.
@@ -237,7 +238,11 @@ pub fn parse_http(headers: &HeaderMap, body: &Bytes, limits: &Limits) -> Result<
         None | Some("application/json") => {
             check_utf8(content_type.as_ref())?;
             match envelope::first(body) {
-                None => return Err(EventError::malformed("the body is empty; send an event, like {\"type\": \"order.created\"}")),
+                None => {
+                    return Err(EventError::malformed(
+                        "the body is empty; send an event, like {\"type\": \"order.created\"}",
+                    ));
+                }
                 Some(b'[') => Submission::Batch(envelope::batch(body, Form::Plain, limits.max_batch)?),
                 Some(_) => Submission::Single(envelope::event(body, Form::Plain)?),
             }
@@ -251,10 +256,9 @@ pub fn parse_http(headers: &HeaderMap, body: &Bytes, limits: &Limits) -> Result<
     };
     match &submission {
         Submission::Single(draft) => check_size(draft, limits)?,
-        Submission::Batch(drafts) => drafts
-            .iter()
-            .enumerate()
-            .try_for_each(|(index, draft)| check_size(draft, limits).map_err(|error| error.in_batch(index)))?,
+        Submission::Batch(drafts) => drafts.iter().enumerate().try_for_each(|(index, draft)| {
+            check_size(draft, limits).map_err(|error| error.in_batch(index))
+        })?,
     }
     Ok(submission)
 }
@@ -288,7 +292,9 @@ fn check_size(draft: &Draft, limits: &Limits) -> Result<(), EventError> {
     }
     Err(EventError::new(
         EventErrorKind::TooLarge,
-        format!("an event has at most {most} bytes in the JSON format, this one has {size}; send a reference to what is large"),
+        format!(
+            "an event has at most {most} bytes in the JSON format, this one has {size}; send a reference to what is large"
+        ),
     ))
 }
 

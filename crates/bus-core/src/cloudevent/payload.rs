@@ -67,8 +67,9 @@ pub(super) fn from_body(body: &Bytes, media_type: Option<&MediaType>) -> Result<
 
 /// JSON text, without the blanks around it.
 fn json(bytes: &[u8]) -> Result<Box<RawValue>, EventError> {
-    let value: Box<RawValue> = serde_json::from_slice(bytes)
-        .map_err(|error| EventError::data(format!("the payload is not JSON, as its content type says: {error}")))?;
+    let value: Box<RawValue> = serde_json::from_slice(bytes).map_err(|error| {
+        EventError::data(format!("the payload is not JSON, as its content type says: {error}"))
+    })?;
     check(&value)?;
     Ok(value)
 }
@@ -77,7 +78,9 @@ fn check_charset(media_type: &MediaType) -> Result<(), EventError> {
     if media_type.is_utf8() {
         return Ok(());
     }
-    Err(EventError::data("a payload within JSON is UTF-8: leave the charset out, or send the bytes as `data_base64`"))
+    Err(EventError::data(
+        "a payload within JSON is UTF-8: leave the charset out, or send the bytes as `data_base64`",
+    ))
 }
 
 /// Checks what the grammar of JSON leaves open, so that a filter can read every payload: numbers fit

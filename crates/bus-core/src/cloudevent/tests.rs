@@ -11,11 +11,18 @@ const STRUCTURED: &str = "application/cloudevents+json";
 const BATCH: &str = "application/cloudevents-batch+json";
 
 fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
-    pairs.iter().map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_bytes(value.as_bytes()).unwrap())).collect()
+    pairs
+        .iter()
+        .map(|(name, value)| (name.parse().unwrap(), HeaderValue::from_bytes(value.as_bytes()).unwrap()))
+        .collect()
 }
 
 fn parse(content_type: &str, body: &str) -> Result<Submission, EventError> {
-    parse_http(&headers(&[("content-type", content_type)]), &Bytes::copy_from_slice(body.as_bytes()), &Limits::default())
+    parse_http(
+        &headers(&[("content-type", content_type)]),
+        &Bytes::copy_from_slice(body.as_bytes()),
+        &Limits::default(),
+    )
 }
 
 fn single(submission: Submission) -> Draft {
@@ -102,7 +109,8 @@ fn plain_json_leaves_the_rest_to_the_bus() {
         event.to_structured(),
         r#"{"specversion":"1.0","id":"made","source":"/bus","type":"order.created","time":"2026-01-31T09:30:00Z","data":{"n":1}}"#
     );
-    let given = single(parse(PLAIN, r#"{"type":"t","id":"i","source":"/s","time":"2020-01-01T00:00:00Z"}"#).unwrap());
+    let given =
+        single(parse(PLAIN, r#"{"type":"t","id":"i","source":"/s","time":"2020-01-01T00:00:00Z"}"#).unwrap());
     let event = given.complete(|| panic!("has an id"), || panic!("has a source"), now);
     assert_eq!(event.time.unwrap().to_string(), "2020-01-01T00:00:00Z");
 }
@@ -147,11 +155,18 @@ fn payloads_that_are_not_json_are_bytes() {
         other => panic!("{other:?}"),
     };
     for member in ["data_base64", "dataBase64"] {
-        assert_eq!(bytes(single(parse(PLAIN, &format!(r#"{{"type":"t","{member}":"AAH/"}}"#)).unwrap())), [0, 1, 255][..]);
+        assert_eq!(
+            bytes(single(parse(PLAIN, &format!(r#"{{"type":"t","{member}":"AAH/"}}"#)).unwrap())),
+            [0, 1, 255][..]
+        );
     }
-    assert_eq!(bytes(binary(&[("content-type", "text/plain; charset=latin1")], "caf\u{e9}").unwrap()), "café");
+    assert_eq!(
+        bytes(binary(&[("content-type", "text/plain; charset=latin1")], "caf\u{e9}").unwrap()),
+        "café"
+    );
     // A string is the text itself, if the type is not JSON (JSON format §3.1.2).
-    let text = single(parse(PLAIN, r#"{"type":"t","datacontenttype":"text/xml","data":"<a b=\"c\"/>"}"#).unwrap());
+    let text =
+        single(parse(PLAIN, r#"{"type":"t","datacontenttype":"text/xml","data":"<a b=\"c\"/>"}"#).unwrap());
     assert_eq!(bytes(text), r#"<a b="c"/>"#);
     // JSON in Base64 is JSON, if its type says so.
     let encoded = r#"{"type":"t","datacontenttype":"application/json","data_base64":"eyJhIjogMX0="}"#;
@@ -174,8 +189,14 @@ fn errors_say_where_and_what_to_change() {
     let deep = format!(r#"{{"type":"t","data":{}1{}}}"#, "[".repeat(121), "]".repeat(121));
     let long = format!(r#"{{"type":"{}"}}"#, "é".repeat(256));
     let heavy = format!(r#"{{"type":"t","ext":"{}"}}"#, "x".repeat(MAX_ATTRIBUTE_BYTES));
-    let many = format!(r#"{{"type":"t",{}}}"#, (0..33).map(|n| format!(r#""x{n}":1"#)).collect::<Vec<_>>().join(","));
-    let wide = format!(r#"{{"type":"t",{}}}"#, (0..99).map(|n| format!(r#""X{n}":null"#)).collect::<Vec<_>>().join(","));
+    let many = format!(
+        r#"{{"type":"t",{}}}"#,
+        (0..33).map(|n| format!(r#""x{n}":1"#)).collect::<Vec<_>>().join(",")
+    );
+    let wide = format!(
+        r#"{{"type":"t",{}}}"#,
+        (0..99).map(|n| format!(r#""X{n}":null"#)).collect::<Vec<_>>().join(",")
+    );
     for (content_type, body, kind, pointer, detail) in [
         (PLAIN, "", Malformed, None, "the body is empty"),
         (PLAIN, " 3", Malformed, None, "must be a JSON object"),
@@ -198,37 +219,139 @@ fn errors_say_where_and_what_to_change() {
         (PLAIN, r#"{"type":"t","data":1,"data":2}"#, InvalidAttribute, Some("/data"), "there twice"),
         (PLAIN, r#"{"type":"t","source":"a b"}"#, InvalidAttribute, Some("/source"), "without blanks"),
         (PLAIN, r#"{"type":"t","time":"yesterday"}"#, InvalidAttribute, Some("/time"), "RFC 3339"),
-        (PLAIN, r#"{"type":"t","datacontenttype":"json"}"#, InvalidAttribute, Some("/datacontenttype"), "media type"),
-        (PLAIN, r#"{"type":"t","specversion":"0.3"}"#, InvalidAttribute, Some("/specversion"), "must be \"1.0\""),
+        (
+            PLAIN,
+            r#"{"type":"t","datacontenttype":"json"}"#,
+            InvalidAttribute,
+            Some("/datacontenttype"),
+            "media type",
+        ),
+        (
+            PLAIN,
+            r#"{"type":"t","specversion":"0.3"}"#,
+            InvalidAttribute,
+            Some("/specversion"),
+            "must be \"1.0\"",
+        ),
         (PLAIN, r#"{"type":"t","specversion":1.0}"#, InvalidAttribute, Some("/specversion"), "is an integer"),
-        (PLAIN, r#"{"type":"t","dataContentType":"x"}"#, InvalidAttribute, Some("/dataContentType"), "`datacontenttype`?"),
+        (
+            PLAIN,
+            r#"{"type":"t","dataContentType":"x"}"#,
+            InvalidAttribute,
+            Some("/dataContentType"),
+            "`datacontenttype`?",
+        ),
         (PLAIN, r#"{"type":"t","a/b~":"x"}"#, InvalidAttribute, Some("/a~1b~0"), "belongs into `data`"),
-        (PLAIN, r#"{"type":"t","abcdefghijklmnopqrstu":1}"#, InvalidAttribute, Some("/abcdefghijklmnopqrstu"), "1 to 20"),
+        (
+            PLAIN,
+            r#"{"type":"t","abcdefghijklmnopqrstu":1}"#,
+            InvalidAttribute,
+            Some("/abcdefghijklmnopqrstu"),
+            "1 to 20",
+        ),
         (PLAIN, r#"{"type":"t","ext":[1]}"#, InvalidAttribute, Some("/ext"), "arrays and objects belong"),
         (PLAIN, r#"{"type":"t","ext":1.5}"#, InvalidAttribute, Some("/ext"), "is an integer"),
         (PLAIN, r#"{"type":"t","ext":2147483648}"#, InvalidAttribute, Some("/ext"), "is an integer"),
         (PLAIN, &many, InvalidAttribute, Some("/x32"), "at most 32 extension"),
         (PLAIN, &heavy, InvalidAttribute, Some("/ext"), "at most 16384 bytes"),
-        (PLAIN, r#"{"type":"t","deliverAt":"2030-01-01T00:00:00Z"}"#, NotSupported, Some("/deliverAt"), "not supported yet"),
-        (PLAIN, r#"[{"type":"t"},{"type":"t","cron":"@daily"}]"#, NotSupported, Some("/1/cron"), "not supported yet"),
+        (
+            PLAIN,
+            r#"{"type":"t","deliverAt":"2030-01-01T00:00:00Z"}"#,
+            NotSupported,
+            Some("/deliverAt"),
+            "not supported yet",
+        ),
+        (
+            PLAIN,
+            r#"[{"type":"t"},{"type":"t","cron":"@daily"}]"#,
+            NotSupported,
+            Some("/1/cron"),
+            "not supported yet",
+        ),
         (PLAIN, r#"{"type":"t","timezone":"UTC"}"#, NotSupported, Some("/timezone"), "not supported yet"),
-        (PLAIN, r#"{"type":"t","data":1,"data_base64":""}"#, InvalidAttribute, Some("/data_base64"), "not both"),
-        (PLAIN, r#"{"type":"t","dataBase64":"","data_base64":""}"#, InvalidAttribute, Some("/data_base64"), "the same"),
+        (
+            PLAIN,
+            r#"{"type":"t","data":1,"data_base64":""}"#,
+            InvalidAttribute,
+            Some("/data_base64"),
+            "not both",
+        ),
+        (
+            PLAIN,
+            r#"{"type":"t","dataBase64":"","data_base64":""}"#,
+            InvalidAttribute,
+            Some("/data_base64"),
+            "the same",
+        ),
         (PLAIN, r#"{"type":"t","data_base64":"!"}"#, InvalidData, Some("/data_base64"), "Base64"),
         (PLAIN, r#"{"type":"t","dataBase64":1}"#, InvalidData, Some("/dataBase64"), "Base64"),
         (PLAIN, r#"{"type":"t","data":1e999}"#, InvalidData, Some("/data"), "number out of range"),
         (PLAIN, r#"{"type":"t","data":["\ud800"]}"#, InvalidData, Some("/data"), "surrogate"),
         (PLAIN, r#"{"type":"t","data":{"\ud800":1}}"#, InvalidData, Some("/data"), "surrogate"),
         (PLAIN, &deep, InvalidData, Some("/data"), "nest at most 120 deep"),
-        (PLAIN, r#"{"type":"t","datacontenttype":"text/plain","data":{}}"#, InvalidData, Some("/data"), "must be a string"),
-        (PLAIN, r#"{"type":"t","datacontenttype":"text/plain;charset=latin1","data":""}"#, InvalidData, Some("/datacontenttype"), "UTF-8"),
-        (PLAIN, r#"{"type":"t","datacontenttype":"a/json","data_base64":"ew=="}"#, InvalidData, Some("/data_base64"), "is not JSON"),
-        (STRUCTURED, r#"{"id":"1","source":"/","type":"t"}"#, InvalidAttribute, Some("/specversion"), "missing"),
-        (STRUCTURED, r#"{"specversion":"1.0","source":"/","type":"t"}"#, InvalidAttribute, Some("/id"), "missing"),
-        (STRUCTURED, r#"{"specversion":"1.0","id":"1","type":"t"}"#, InvalidAttribute, Some("/source"), "missing"),
-        (STRUCTURED, r#"{"specversion":"1.0","id":"1","source":"/","type":"t","dataBase64":""}"#, InvalidAttribute, Some("/dataBase64"), "`database64`?"),
-        (STRUCTURED, r#"{"specversion":"1.0","id":"1","source":"/","type":"t","deliverat":""}"#, NotSupported, Some("/deliverat"), "not supported yet"),
-        (BATCH, r#"[{"specversion":"1.0","id":"1","source":"/"}]"#, InvalidAttribute, Some("/0/type"), "missing"),
+        (
+            PLAIN,
+            r#"{"type":"t","datacontenttype":"text/plain","data":{}}"#,
+            InvalidData,
+            Some("/data"),
+            "must be a string",
+        ),
+        (
+            PLAIN,
+            r#"{"type":"t","datacontenttype":"text/plain;charset=latin1","data":""}"#,
+            InvalidData,
+            Some("/datacontenttype"),
+            "UTF-8",
+        ),
+        (
+            PLAIN,
+            r#"{"type":"t","datacontenttype":"a/json","data_base64":"ew=="}"#,
+            InvalidData,
+            Some("/data_base64"),
+            "is not JSON",
+        ),
+        (
+            STRUCTURED,
+            r#"{"id":"1","source":"/","type":"t"}"#,
+            InvalidAttribute,
+            Some("/specversion"),
+            "missing",
+        ),
+        (
+            STRUCTURED,
+            r#"{"specversion":"1.0","source":"/","type":"t"}"#,
+            InvalidAttribute,
+            Some("/id"),
+            "missing",
+        ),
+        (
+            STRUCTURED,
+            r#"{"specversion":"1.0","id":"1","type":"t"}"#,
+            InvalidAttribute,
+            Some("/source"),
+            "missing",
+        ),
+        (
+            STRUCTURED,
+            r#"{"specversion":"1.0","id":"1","source":"/","type":"t","dataBase64":""}"#,
+            InvalidAttribute,
+            Some("/dataBase64"),
+            "`database64`?",
+        ),
+        (
+            STRUCTURED,
+            r#"{"specversion":"1.0","id":"1","source":"/","type":"t","deliverat":""}"#,
+            NotSupported,
+            Some("/deliverat"),
+            "not supported yet",
+        ),
+        (
+            BATCH,
+            r#"[{"specversion":"1.0","id":"1","source":"/"}]"#,
+            InvalidAttribute,
+            Some("/0/type"),
+            "missing",
+        ),
     ] {
         let error = parse(content_type, body).expect_err(body);
         assert_eq!((error.kind, error.pointer.as_deref()), (kind, pointer), "{body}: {error}");
@@ -254,7 +377,11 @@ fn headers_are_unquoted_and_decoded_once() {
         ("back\\slash", "back\\slash"),
         ("é", "é"),
     ] {
-        assert_eq!(binary(&[("ce-subject", value)], "").unwrap().subject.as_deref(), Some(subject), "{value}");
+        assert_eq!(
+            binary(&[("ce-subject", value)], "").unwrap().subject.as_deref(),
+            Some(subject),
+            "{value}"
+        );
     }
     let extensions = binary(&[("ce-flag", "true"), ("ce-count", "5")], "").unwrap().extensions;
     assert_eq!(extensions["flag"], ExtensionValue::String("true".to_owned()));
@@ -309,11 +436,17 @@ fn limits_are_errors_of_their_own() {
     let error = parse(&plain, format!("[{},{}]", event(100), event(101))).unwrap_err();
     assert_eq!((error.kind, error.pointer.as_deref()), (EventErrorKind::TooLarge, Some("/1")));
     // Bytes count as the Base64 that they become.
-    let mut binary = headers(&[("ce-specversion", "1.0"), ("ce-id", "1"), ("ce-source", "/"), ("ce-type", "t")]);
+    let mut binary =
+        headers(&[("ce-specversion", "1.0"), ("ce-id", "1"), ("ce-source", "/"), ("ce-type", "t")]);
     binary.insert(CONTENT_TYPE, HeaderValue::from_static("a/b"));
-    let empty = r#"{"specversion":"1.0","id":"1","source":"/","type":"t","datacontenttype":"a/b","data_base64":""}"#.len();
+    let empty =
+        r#"{"specversion":"1.0","id":"1","source":"/","type":"t","datacontenttype":"a/b","data_base64":""}"#
+            .len();
     assert!(parse(&binary, "x".repeat((100 - empty) / 4 * 3)).is_ok());
-    assert_eq!(parse(&binary, "x".repeat((100 - empty) / 4 * 3 + 1)).unwrap_err().kind, EventErrorKind::TooLarge);
+    assert_eq!(
+        parse(&binary, "x".repeat((100 - empty) / 4 * 3 + 1)).unwrap_err().kind,
+        EventErrorKind::TooLarge
+    );
     let error = parse(&plain, r#"[{"type":"t"},{"type":"t"},{}]"#.to_owned()).unwrap_err();
     assert_eq!(error.kind, EventErrorKind::TooMany);
     assert!(error.detail.contains("at most 2 events"));

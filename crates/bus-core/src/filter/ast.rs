@@ -109,11 +109,7 @@ pub(super) enum Pattern {
     /// A string in the filter.
     Compiled(Regexp),
     /// From the payload, and the same for every `@`: compiled once per payload, kept in this slot.
-    Computed {
-        slot: usize,
-        operand: Operand,
-        whole: bool,
-    },
+    Computed { slot: usize, operand: Operand, whole: bool },
     /// A literal that is no string, which matches nothing (RFC 9535 §2.4.6).
     Nothing,
 }

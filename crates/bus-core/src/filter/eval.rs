@@ -87,7 +87,9 @@ impl<'a> Evaluation<'a> {
         visit: &mut dyn FnMut(&'v Value) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
         match selector {
-            Selector::Name(name) => node.get(name).map_or(Continue(()), |child| self.walk(rest, child, visit)),
+            Selector::Name(name) => {
+                node.get(name).map_or(Continue(()), |child| self.walk(rest, child, visit))
+            }
             Selector::Index(index) => {
                 element(node, *index).map_or(Continue(()), |child| self.walk(rest, child, visit))
             }
@@ -169,7 +171,9 @@ impl<'a> Evaluation<'a> {
                     _ => Resolved::Nothing,
                 }
             }
-            Operand::Once(slot, inner) => *self.operands[*slot].get_or_init(|| self.resolve(inner, self.root)),
+            Operand::Once(slot, inner) => {
+                *self.operands[*slot].get_or_init(|| self.resolve(inner, self.root))
+            }
         }
     }
 
@@ -251,9 +255,8 @@ fn equal(left: Resolved<'_>, right: Resolved<'_>) -> bool {
         (Resolved::Nothing, _) | (_, Resolved::Nothing) => false,
         (Resolved::Value(left), Resolved::Value(right)) => same(left, right),
         (Resolved::Number(left), Resolved::Number(right)) => left == right,
-        (Resolved::Value(value), Resolved::Number(number)) | (Resolved::Number(number), Resolved::Value(value)) => {
-            same(value, &Value::from(number))
-        }
+        (Resolved::Value(value), Resolved::Number(number))
+        | (Resolved::Number(number), Resolved::Value(value)) => same(value, &Value::from(number)),
     }
 }
 

@@ -63,7 +63,8 @@ impl<'t> Lexer<'t> {
 
     /// A member name without quotes: `member-name-shorthand`.
     pub(super) fn shorthand(&mut self) -> Option<&'t str> {
-        let first = |character: char| character.is_ascii_alphabetic() || character == '_' || !character.is_ascii();
+        let first =
+            |character: char| character.is_ascii_alphabetic() || character == '_' || !character.is_ascii();
         if !self.peek().is_some_and(first) {
             return None;
         }
@@ -75,7 +76,9 @@ impl<'t> Lexer<'t> {
         if !self.peek().is_some_and(|character| character.is_ascii_lowercase()) {
             return None;
         }
-        self.word(|character| character.is_ascii_lowercase() || character.is_ascii_digit() || character == '_')
+        self.word(|character| {
+            character.is_ascii_lowercase() || character.is_ascii_digit() || character == '_'
+        })
     }
 
     fn word(&mut self, part: impl Fn(char) -> bool) -> Option<&'t str> {
@@ -108,7 +111,7 @@ impl<'t> Lexer<'t> {
     pub(super) fn integer(&mut self) -> Result<i64, FilterError> {
         let start = self.clone();
         match self.digits(false)?.parse::<i64>() {
-            Ok(value) if value.abs() <= MAX_INTEGER => Ok(value),
+            Ok(value) if (-MAX_INTEGER..=MAX_INTEGER).contains(&value) => Ok(value),
             _ => start.error("an integer lies within ±(2^53 - 1)"),
         }
     }
@@ -116,7 +119,7 @@ impl<'t> Lexer<'t> {
     /// A number that is compared with: `number`.
     pub(super) fn number(&mut self) -> Result<Number, FilterError> {
         let start = self.clone();
-        let whole = self.digits(true)?;
+        self.digits(true)?;
         if self.take(".") {
             self.some_digits()?;
         }
@@ -124,9 +127,7 @@ impl<'t> Lexer<'t> {
             let _sign = self.take("-") || self.take("+");
             self.some_digits()?;
         }
-        // `-0` equals `0`, and would be read as a float.
         let text = &self.text[start.at..self.at];
-        let text = if whole.len() == text.len() && whole == "-0" { "0" } else { text };
         text.parse().or_else(|_| start.error("a number must be representable as a double"))
     }
 
@@ -153,7 +154,8 @@ impl<'t> Lexer<'t> {
                 None => return start.error("this string has no closing quote"),
                 Some('\\') => string.push(self.escape(quote)?),
                 Some(character) if character < ' ' => {
-                    return self.error("a control character in a string must be written as an escape, like \\n");
+                    return self
+                        .error("a control character in a string must be written as an escape, like \\n");
                 }
                 Some(character) => {
                     self.skip();
@@ -180,7 +182,11 @@ impl<'t> Lexer<'t> {
             Some('u') => {
                 self.skip();
                 return self.unicode().map_or_else(
-                    || start.error("expected four hexadecimal digits that name a character, or a surrogate pair"),
+                    || {
+                        start.error(
+                            "expected four hexadecimal digits that name a character, or a surrogate pair",
+                        )
+                    },
                     Ok,
                 );
             }
@@ -202,7 +208,8 @@ impl<'t> Lexer<'t> {
     }
 
     fn hex4(&mut self) -> Option<u16> {
-        let digits = self.rest().get(..4).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))?;
+        let digits =
+            self.rest().get(..4).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))?;
         self.at += 4;
         u16::from_str_radix(digits, 16).ok()
     }

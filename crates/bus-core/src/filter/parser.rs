@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::{
-    FilterError, LITERAL_REGEXP_BYTES, MAX_NESTING, MAX_REGEXPS,
+    FilterError, LITERAL_REGEXPS_BYTES, MAX_NESTING, MAX_REGEXPS,
     ast::{Comparison, Expr, Operand, Pattern, Query, Segment, Selector, Slice, Slots, Test},
     lexer::Lexer,
     regexp::Regexp,
@@ -11,7 +11,13 @@ use super::{
 
 /// Reads a whole filter.
 pub(super) fn parse(text: &str) -> Result<(Query, Slots), FilterError> {
-    let mut parser = Parser { lexer: Lexer::new(text), depth: 0, regexps: 0, slots: Slots::default() };
+    let mut parser = Parser {
+        lexer: Lexer::new(text),
+        depth: 0,
+        regexps: 0,
+        regexp_bytes: LITERAL_REGEXPS_BYTES,
+        slots: Slots::default(),
+    };
     if parser.lexer.peek() != Some('$') {
         return parser.lexer.error("a filter starts with `$`, the payload");
     }
@@ -19,9 +25,9 @@ pub(super) fn parse(text: &str) -> Result<(Query, Slots), FilterError> {
     match parser.lexer.peek() {
         None => Ok((query, parser.slots)),
         Some(' ' | '\t' | '\n' | '\r') => parser.lexer.error("blanks at the end are not allowed"),
-        Some(_) => parser
-            .lexer
-            .error(format!("expected `.`, `[` or the end, found {}", parser.lexer.found())),
+        Some(_) => {
+            parser.lexer.error(format!("expected `.`, `[` or the end, found {}", parser.lexer.found()))
+        }
     }
 }
 
@@ -29,6 +35,8 @@ struct Parser<'t> {
     lexer: Lexer<'t>,
     depth: usize,
     regexps: usize,
+    /// What is left for the automata of the filter.
+    regexp_bytes: usize,
     slots: Slots,
 }
 
@@ -194,7 +202,8 @@ impl Parser<'_> {
                 Call::Value(operand) => operand,
                 Call::Logical(test) => {
                     if self.comparison_follows() {
-                        return start.error("the result of this function is true or false, and cannot be compared");
+                        return start
+                            .error("the result of this function is true or false, and cannot be compared");
                     }
                     return Ok(self.once(test));
                 }
@@ -252,7 +261,8 @@ impl Parser<'_> {
             "true" => Ok(Call::Value(Operand::Literal(Value::Bool(true)))),
             "false" => Ok(Call::Value(Operand::Literal(Value::Bool(false)))),
             "null" => Ok(Call::Value(Operand::Literal(Value::Null))),
-            _ => start.error(format!("`{word}` is no value; strings are written in quotes, members as @.{word}")),
+            _ => start
+                .error(format!("`{word}` is no value; strings are written in quotes, members as @.{word}")),
         }
     }
 
@@ -275,7 +285,9 @@ impl Parser<'_> {
                 Call::Logical(Test::Regexp(text, pattern))
             }
             _ => {
-                return start.error(format!("no function is called `{name}`; there are length, count, value, match, search"));
+                return start.error(format!(
+                    "no function is called `{name}`; there are length, count, value, match, search"
+                ));
             }
         };
         self.lexer.blanks();
@@ -288,7 +300,8 @@ impl Parser<'_> {
         if matches!(self.lexer.peek(), Some('$' | '@')) {
             return self.query();
         }
-        self.lexer.error(format!("expected a query that starts with `@` or `$`, found {}", self.lexer.found()))
+        self.lexer
+            .error(format!("expected a query that starts with `@` or `$`, found {}", self.lexer.found()))
     }
 
     fn pattern(&mut self, whole: bool) -> Result<Pattern, FilterError> {
@@ -298,15 +311,19 @@ impl Parser<'_> {
             return start.error(format!("a filter uses match and search at most {MAX_REGEXPS} times"));
         }
         match self.operand()? {
-            Operand::Literal(Value::String(pattern)) => Regexp::compile(&pattern, whole, LITERAL_REGEXP_BYTES)
-                .map(Pattern::Compiled)
-                .or_else(|reason| start.error(reason)),
+            Operand::Literal(Value::String(pattern)) => {
+                let regexp = Regexp::compile(&pattern, whole, self.regexp_bytes)
+                    .or_else(|reason| start.error(reason))?;
+                self.regexp_bytes = self.regexp_bytes.saturating_sub(regexp.size());
+                Ok(Pattern::Compiled(regexp))
+            }
             Operand::Literal(_) => Ok(Pattern::Nothing),
             operand if operand.is_constant() => {
                 let slot = next(&mut self.slots.patterns);
                 Ok(Pattern::Computed { slot, operand, whole })
             }
-            _ => start.error("a regular expression cannot depend on `@`; write it as a string, or start at `$`"),
+            _ => start
+                .error("a regular expression cannot depend on `@`; write it as a string, or start at `$`"),
         }
     }
 
@@ -323,7 +340,9 @@ impl Parser<'_> {
         }
         Expr::Test(match test {
             Test::Exists(query) => Test::Exists(query),
-            Test::Compare(left, operator, right) => Test::Compare(self.keep(left), operator, self.keep(right)),
+            Test::Compare(left, operator, right) => {
+                Test::Compare(self.keep(left), operator, self.keep(right))
+            }
             Test::Regexp(text, pattern) => Test::Regexp(text, pattern),
         })
     }
@@ -335,7 +354,10 @@ impl Parser<'_> {
         operand
     }
 
-    fn nested<T>(&mut self, parse: impl FnOnce(&mut Self) -> Result<T, FilterError>) -> Result<T, FilterError> {
+    fn nested<T>(
+        &mut self,
+        parse: impl FnOnce(&mut Self) -> Result<T, FilterError>,
+    ) -> Result<T, FilterError> {
         self.depth += 1;
         if self.depth > MAX_NESTING {
             return self.lexer.error(format!(

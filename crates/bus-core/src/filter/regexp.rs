@@ -54,6 +54,11 @@ impl Regexp {
         Ok(Self { dfa: Arc::new(dfa), anchored })
     }
 
+    /// The size of the automaton, in bytes.
+    pub(super) fn size(&self) -> usize {
+        self.dfa.memory_usage()
+    }
+
     /// Whether `text` matches.
     pub(super) fn is_match(&self, text: &str) -> bool {
         let input = Input::new(text).anchored(self.anchored).earliest(true);

@@ -14,11 +14,14 @@ use super::Health;
 const UPKEEP: Duration = Duration::from_secs(5);
 
 pub(super) async fn serve(listener: TcpListener, health: Health, metrics: PrometheusHandle) {
-    let router = Router::new()
-        .route("/healthz", get(healthz))
-        .route("/readyz", get(readyz))
-        .with_state(health)
-        .route("/metrics", get({ let metrics = metrics.clone(); move || async move { metrics.render() } }));
+    let router =
+        Router::new().route("/healthz", get(healthz)).route("/readyz", get(readyz)).with_state(health).route(
+            "/metrics",
+            get({
+                let metrics = metrics.clone();
+                move || async move { metrics.render() }
+            }),
+        );
     let upkeep = async {
         let mut ticks = tokio::time::interval(UPKEEP);
         loop {

@@ -123,10 +123,12 @@ where
     F: FnOnce(Ctx<C>) -> Fut,
     Fut: Future<Output = Result<(), BoxError>>,
 {
-    let command = <Flags as clap::CommandFactory>::command().name(role.name).about(role.about).version(VERSION);
-    let flags = match command.try_get_matches().and_then(|matches| {
-        <Flags as clap::FromArgMatches>::from_arg_matches(&matches)
-    }) {
+    let command =
+        <Flags as clap::CommandFactory>::command().name(role.name).about(role.about).version(VERSION);
+    let flags = match command
+        .try_get_matches()
+        .and_then(|matches| <Flags as clap::FromArgMatches>::from_arg_matches(&matches))
+    {
         Ok(flags) => flags,
         Err(message) => {
             let code = if message.use_stderr() { EX_USAGE } else { 0 };

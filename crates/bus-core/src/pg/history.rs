@@ -152,7 +152,15 @@ pub async fn event_deliveries(
             DeliveryStatus::Waiting
         };
         let connection = row.try_get::<Uuid, _>("connection_id").during(OPERATION)?.into();
-        records.push(DeliveryRecord { id, subscription, connection, status, next_attempt_at, reason, attempts });
+        records.push(DeliveryRecord {
+            id,
+            subscription,
+            connection,
+            status,
+            next_attempt_at,
+            reason,
+            attempts,
+        });
     }
     Ok(Some(records))
 }

@@ -24,8 +24,8 @@ use sqlx::{
 };
 
 pub use self::{
-    connections::*, deliveries::*, events::*, history::*, keys::*, organizations::*, outbox::*, partitions::*,
-    publish::*, snapshot::*, subscriptions::*,
+    connections::*, deliveries::*, events::*, history::*, keys::*, organizations::*, outbox::*,
+    partitions::*, publish::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
 
@@ -56,7 +56,9 @@ pub enum StoreError {
         problem: String,
     },
     /// The database's schema is not the one that this program was built for.
-    #[error("the database schema is at version {found:?}, this program needs {needed}: run `cargo xtask migrate run`")]
+    #[error(
+        "the database schema is at version {found:?}, this program needs {needed}: run `cargo xtask migrate run`"
+    )]
     Schema {
         /// The newest applied migration.
         found: Option<i64>,
@@ -121,8 +123,7 @@ impl<T> During<T> for Result<T, sqlx::Error> {
 /// and nothing else.
 pub fn pool(config: &PostgresConfig, role: &'static str) -> Result<PgPool, StoreError> {
     use secrecy::ExposeSecret as _;
-    let options: PgConnectOptions =
-        config.url.expose_secret().parse().during("read the database URL")?;
+    let options: PgConnectOptions = config.url.expose_secret().parse().during("read the database URL")?;
     let options = options
         .application_name(role)
         .options([("statement_timeout", format!("{}ms", config.statement_timeout_ms))])
@@ -160,5 +161,9 @@ pub async fn check_schema(pool: &PgPool) -> Result<(), StoreError> {
         Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01") => None,
         other => other.during("read the schema version")?,
     };
-    if found.is_some_and(|found| found >= needed) { Ok(()) } else { Err(StoreError::Schema { found, needed }) }
+    if found.is_some_and(|found| found >= needed) {
+        Ok(())
+    } else {
+        Err(StoreError::Schema { found, needed })
+    }
 }

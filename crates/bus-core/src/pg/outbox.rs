@@ -116,11 +116,13 @@ pub struct StoredFanOut {
 pub async fn load_fan_out(pool: &PgPool, events: &[EventUid]) -> Result<Vec<StoredFanOut>, StoreError> {
     const OPERATION: &str = "read a fan-out";
     let uids: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
-    let events = sqlx::query("SELECT uid, organization_id, subscriptions, body FROM events WHERE uid = ANY($1) ORDER BY uid")
-        .bind(&uids)
-        .fetch_all(pool)
-        .await
-        .during(OPERATION)?;
+    let events = sqlx::query(
+        "SELECT uid, organization_id, subscriptions, body FROM events WHERE uid = ANY($1) ORDER BY uid",
+    )
+    .bind(&uids)
+    .fetch_all(pool)
+    .await
+    .during(OPERATION)?;
     let targets = sqlx::query(
         "SELECT DISTINCT s.id, s.connection_id, c.version
          FROM events e

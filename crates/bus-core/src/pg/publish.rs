@@ -120,8 +120,10 @@ pub async fn claim_keys(
     claims.sort();
     let organizations: Vec<Uuid> = claims.iter().map(|claim| claim.key.organization.0).collect();
     let keys: Vec<&str> = claims.iter().map(|claim| claim.key.key.as_str()).collect();
-    let events: Vec<String> = claims.iter().map(|claim| array_literal(claim.events.iter().map(|uid| uid.0))).collect();
-    let fingerprints: Vec<Option<&[u8]>> = claims.iter().map(|claim| claim.fingerprint.as_ref().map(|f| &f[..])).collect();
+    let events: Vec<String> =
+        claims.iter().map(|claim| array_literal(claim.events.iter().map(|uid| uid.0))).collect();
+    let fingerprints: Vec<Option<&[u8]>> =
+        claims.iter().map(|claim| claim.fingerprint.as_ref().map(|f| &f[..])).collect();
     let claimed = sqlx::query(
         "INSERT INTO event_keys AS k (organization_id, key, event_uids, fingerprint, expires_at)
          SELECT c.organization_id, c.key, c.event_uids::uuid[], c.fingerprint, now() + make_interval(secs => $5)
@@ -233,13 +235,15 @@ pub async fn insert_outbox(
     lease_s: u64,
 ) -> Result<(), StoreError> {
     let events: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
-    sqlx::query("INSERT INTO outbox (id, event_uids, lease_until) VALUES ($1, $2, now() + make_interval(secs => $3))")
-        .bind(id.0)
-        .bind(events)
-        .bind(seconds(lease_s))
-        .execute(connection)
-        .await
-        .during("open an outbox row")?;
+    sqlx::query(
+        "INSERT INTO outbox (id, event_uids, lease_until) VALUES ($1, $2, now() + make_interval(secs => $3))",
+    )
+    .bind(id.0)
+    .bind(events)
+    .bind(seconds(lease_s))
+    .execute(connection)
+    .await
+    .during("open an outbox row")?;
     Ok(())
 }
 

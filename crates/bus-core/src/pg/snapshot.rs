@@ -39,11 +39,8 @@ pub async fn load_snapshot(
 fn candidate(row: &sqlx::postgres::PgRow) -> Result<Candidate, StoreError> {
     const OPERATION: &str = "read a subscription";
     let id = SubscriptionId(row.try_get("id").during(OPERATION)?);
-    let inconsistent = |problem: String| StoreError::Inconsistent {
-        table: "subscriptions",
-        id: id.to_string(),
-        problem,
-    };
+    let inconsistent =
+        |problem: String| StoreError::Inconsistent { table: "subscriptions", id: id.to_string(), problem };
     let event_type: &str = row.try_get("event_type").during(OPERATION)?;
     let filter: Option<&str> = row.try_get("filter").during(OPERATION)?;
     Ok(Candidate {

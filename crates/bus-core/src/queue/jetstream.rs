@@ -115,21 +115,17 @@ impl DeliveryQueue for JetStreamQueue {
         wait: Duration,
     ) -> Result<BoxStream<'static, Result<Leased, QueueError>>, QueueError> {
         let consumer = self.consumer(lane).await?;
-        let batch = match consumer
-            .batch()
-            .max_messages(max)
-            .expires(wait)
-            .heartbeat(wait / 3)
-            .messages()
-            .await
-            .during("pull deliveries")
-        {
-            Ok(batch) => batch,
-            Err(failed) => {
-                self.forget(lane).await;
-                return Err(failed.into());
-            }
-        };
+        // No idle heartbeats: async-nats 0.51 answers `Pending` to one without asking to be woken again, and
+        // the batch then hangs. It ends by itself 5 s after `wait` if the broker says nothing.
+        let batch =
+            match consumer.batch().max_messages(max).expires(wait).messages().await.during("pull deliveries")
+            {
+                Ok(batch) => batch,
+                Err(failed) => {
+                    self.forget(lane).await;
+                    return Err(failed.into());
+                }
+            };
         let queue = self.clone();
         let leased = batch.filter_map(move |message| {
             let queue = queue.clone();
@@ -157,7 +153,8 @@ impl DeliveryQueue for JetStreamQueue {
         headers.insert(SUBSCRIPTION, key.subscription.to_string());
         headers.insert("Bus-Reason", single_line(reason));
         let body = if body.len() > MAX_INLINE { Bytes::new() } else { body.clone() };
-        self.publish(self.nats.names.dead(key.organization, key.connection), headers, body, "dead-letter").await
+        self.publish(self.nats.names.dead(key.organization, key.connection), headers, body, "dead-letter")
+            .await
     }
 
     async fn receipts(&self, receipts: &[Receipt]) -> Result<(), QueueError> {
@@ -244,7 +241,8 @@ fn read(message: &Message) -> Result<(DeliveryKey, u32), &'static str> {
         .map_err(|_| "Bus-Connection-Version: not a number")?;
     let mut tokens = message.subject.rsplit('.');
     let connection = tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no connection id")?;
-    let organization = tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no organization id")?;
+    let organization =
+        tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no organization id")?;
     let delivered = message.info().map_err(|_| "not a JetStream message")?.delivered;
     let again = u32::try_from(delivered.saturating_sub(1)).unwrap_or(u32::MAX);
     let key = DeliveryKey { id, event, organization, subscription, connection, connection_version };

@@ -93,7 +93,9 @@ impl PostgresQueue {
         .fetch_all(&self.pool)
         .await
         .during("claim deliveries")?;
-        rows.iter().map(|row| self.leased(row).during("read a claimed delivery").map_err(Into::into)).collect()
+        rows.iter()
+            .map(|row| self.leased(row).during("read a claimed delivery").map_err(Into::into))
+            .collect()
     }
 
     fn leased(&self, row: &sqlx::postgres::PgRow) -> Result<Leased, sqlx::Error> {
@@ -110,7 +112,11 @@ impl PostgresQueue {
             key,
             attempts: u32::try_from(row.try_get::<i32, _>("attempts")?).unwrap_or(0),
             body: body.map_or(Body::Stored, |body| Body::Inline(body.into())),
-            lease: Box::new(RowLease { queue: self.clone(), delivery: key.id, token: row.try_get("lease_token")? }),
+            lease: Box::new(RowLease {
+                queue: self.clone(),
+                delivery: key.id,
+                token: row.try_get("lease_token")?,
+            }),
         })
     }
 }
@@ -178,7 +184,12 @@ impl Lease for RowLease {
         let finished = Finished { delivery: self.delivery, token: self.token, done };
         let gone = || sqlx::Error::WorkerCrashed;
         self.queue.acks.send(finished).await.map_err(|_| gone()).during("finish a delivery")?;
-        result.await.map_err(|_| gone()).during("finish a delivery")?.map_err(shared).during("finish a delivery")?;
+        result
+            .await
+            .map_err(|_| gone())
+            .during("finish a delivery")?
+            .map_err(shared)
+            .during("finish a delivery")?;
         Ok(())
     }
 
@@ -278,7 +289,9 @@ fn listen(pool: PgPool, channel: String) -> BoxStream<'static, Option<String>> {
                     }
                 },
                 Some(connected) => match connected.try_recv().await {
-                    Ok(Some(note)) => return Some((Some(note.payload().to_owned()), (pool, channel, listener))),
+                    Ok(Some(note)) => {
+                        return Some((Some(note.payload().to_owned()), (pool, channel, listener)));
+                    }
                     // The connection was lost and made again.
                     Ok(None) => return Some((None, (pool, channel, listener))),
                     Err(_) => listener = None,

@@ -147,6 +147,12 @@ impl Receiver {
         self.shared.lock().paths.values().map(|state| state.count).sum()
     }
 
+    /// How many requests of all paths are open at this moment: received, and not answered yet.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.shared.lock().paths.values().map(|state| state.in_flight).sum()
+    }
+
     /// The most requests of a path that were open at the same time.
     #[must_use]
     pub fn peak_in_flight(&self, path: &str) -> usize {

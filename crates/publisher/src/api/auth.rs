@@ -190,7 +190,7 @@ requirements! {
 /// A principal who may do what `R` asks for; looked up in the database, so that a revoked key ends at
 /// once.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Authorized<R>(pub(super) Principal, PhantomData<R>);
+pub(super) struct Authorized<R>(pub(super) Principal, pub(super) PhantomData<R>);
 
 impl<R: Requirement> FromRequestParts<Api> for Authorized<R> {
     type Rejection = Problem;
@@ -286,7 +286,9 @@ mod tests {
         for good in ["Bearer ebk_x", "bearer ebk_x", "BEARER  ebk_x "] {
             assert_eq!(presented(&headers(&[good])).expect(good), wanted);
         }
-        for bad in [&[][..], &["ebk_x"], &["Basic ebk_x"], &["Bearer "], &["Bearer"], &["Bearer a", "Bearer a"]] {
+        for bad in
+            [&[][..], &["ebk_x"], &["Basic ebk_x"], &["Bearer "], &["Bearer"], &["Bearer a", "Bearer a"]]
+        {
             let problem = presented(&headers(bad)).expect_err("not a bearer token");
             assert_eq!(problem.kind, ProblemType::Unauthorized, "{bad:?}");
         }

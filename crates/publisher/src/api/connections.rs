@@ -19,7 +19,6 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
 use url::Url;
 use utoipa::ToSchema;
-use uuid::Uuid;
 
 pub(super) use self::view::ConnectionView;
 use self::{
@@ -50,7 +49,7 @@ pub(super) struct NewConnectionBody {
     kind: Kind,
     /// Where a webhook receives: `http` or `https`, without user information or fragment, at a public
     /// address unless the configuration allows others.
-    #[schema(max_length = 2048, format = Uri)]
+    #[schema(max_length = 2048, format = "uri")]
     url: Option<String>,
     /// Sent with every request of a webhook; at most 32, 8 KiB in all. The bus's own headers cannot be
     /// set.
@@ -136,7 +135,8 @@ fn read_headers(headers: BTreeMap<String, String>) -> Result<BTreeMap<String, St
         FieldError::at(at(name), refused.to_string())
     })?;
     if let Some((name, _)) = headers.iter().find(|(name, value)| *value == REDACTED && is_sensitive(name)) {
-        let detail = "*** only stands for the value in answers; leave the header out to keep it, or send its value";
+        let detail =
+            "*** only stands for the value in answers; leave the header out to keep it, or send its value";
         return Err(FieldError::at(at(Some(name)), detail));
     }
     Ok(headers.into_iter().map(|(name, value)| (name.to_ascii_lowercase(), value)).collect())
@@ -197,7 +197,7 @@ pub(super) async fn create(
     let new = NewConnection { id, organization: principal.organization, name, enabled, target };
     match pg::create_connection(&api.pool, new).await? {
         CreateConnection::Created(connection) => {
-            let view = ConnectionView { secret, ..ConnectionView::from(*connection) };
+            let view = ConnectionView::from(*connection).with_secret(secret);
             Ok(created(&format!("/v1/connections/{id}"), Answer(view)))
         }
         CreateConnection::NameTaken => Err(name_taken()),
@@ -277,7 +277,7 @@ pub(super) async fn change(
     match pg::change_connection(&api.pool, principal.organization, id, apply).await? {
         ChangeConnection::Stored(connection) => {
             api.hints.connection_changed(id).await;
-            Ok(Answer(ConnectionView { secret: new_secret, ..ConnectionView::from(*connection) }))
+            Ok(Answer(ConnectionView::from(*connection).with_secret(new_secret)))
         }
         ChangeConnection::NotFound => Err(Problem::not_found()),
         ChangeConnection::NameTaken => Err(name_taken()),

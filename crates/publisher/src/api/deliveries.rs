@@ -8,7 +8,6 @@ use bus_core::{
 use jiff::Timestamp;
 use serde::Serialize;
 use utoipa::ToSchema;
-use uuid::Uuid;
 
 use super::{
     Api,
@@ -135,8 +134,7 @@ pub(super) async fn list(
     Query(query): Query<SourceQuery>,
 ) -> Result<Answer<Page<DeliveryView>>, Problem> {
     let uid = find(&api, principal.organization, &id, query.source.as_deref()).await?;
-    let records = pg::event_deliveries(&api.pool, principal.organization, uid)
-        .await?
-        .ok_or_else(Problem::not_found)?;
+    let records =
+        pg::event_deliveries(&api.pool, principal.organization, uid).await?.ok_or_else(Problem::not_found)?;
     Ok(Answer(Page { items: records.into_iter().map(DeliveryView::from).collect(), next_cursor: None }))
 }

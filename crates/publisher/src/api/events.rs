@@ -14,8 +14,7 @@ use bus_core::{
 use http::StatusCode;
 use jiff::Timestamp;
 use serde::Serialize;
-use utoipa::ToSchema;
-use uuid::Uuid;
+use utoipa::{IntoParams, ToSchema};
 
 use self::idempotency::read_idempotency;
 use super::{
@@ -56,7 +55,7 @@ impl From<Accepted> for AcceptedEvent {
             uid: identity.uid,
             source: identity.source,
             r#type: identity.r#type,
-            time: identity.time,
+            time: microseconds(identity.time),
             duplicate: accepted.duplicate,
         }
     }
@@ -82,20 +81,20 @@ pub(super) enum AcceptedAnswer {
 
 /// An event as plain JSON. Members that are not listed are CloudEvents extension attributes: 1 to 20 of
 /// a–z and 0–9, with a string, a boolean or a 32-bit integer
-#[derive(ToSchema)]
+#[derive(Serialize, ToSchema)]
 #[allow(dead_code, reason = "describes what bus_core::cloudevent reads")]
 pub(super) struct PlainEvent {
     #[schema(min_length = 1, max_length = 255)]
     r#type: String,
     /// The payload: any JSON value. `null` is one too.
-    #[schema(value_type = Object, nullable, required = false)]
-    data: Option<serde_json::Value>,
+    #[schema(required = false)]
+    data: serde_json::Value,
     /// The payload as Base64, instead of `data`.
     data_base64: Option<String>,
     #[schema(max_length = 1024)]
     subject: Option<String>,
     /// A URI reference; `/connections/<id>` or `/organizations/<id>` of the key if absent.
-    #[schema(max_length = 1024, format = UriReference)]
+    #[schema(max_length = 1024, format = "uri-reference")]
     source: Option<String>,
     /// Unique within the source; generated if absent.
     #[schema(max_length = 255)]
@@ -104,12 +103,38 @@ pub(super) struct PlainEvent {
     #[schema(value_type = Option<String>, format = DateTime)]
     time: Option<String>,
     datacontenttype: Option<String>,
-    #[schema(format = Uri)]
+    #[schema(format = "uri")]
     dataschema: Option<String>,
 }
 
-/// An event in the JSON format of CloudEvents 1.0, with any extension attributes
+/// One event or a batch
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+#[allow(dead_code, reason = "the document's name for the two forms of the body")]
+enum PlainBody {
+    One(PlainEvent),
+    Batch(Vec<PlainEvent>),
+}
+
+/// The payload of an event in binary mode; its attributes are in the `ce-` headers
 #[derive(ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[allow(dead_code, reason = "the document's name for bytes")]
+struct BinaryPayload(Vec<u8>);
+
+/// How a request may be told from others.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+#[allow(dead_code, reason = "describes what read_idempotency reads")]
+struct IdempotencyHeader {
+    /// For plain JSON: the same key with the same body publishes once within the deduplication window. A
+    /// structured-field string (`"…"`) or a bare token of 1 to 255 printable ASCII characters.
+    #[param(rename = "Idempotency-Key", value_type = Option<String>, nullable = false)]
+    idempotency_key: Option<String>,
+}
+
+/// An event in the JSON format of CloudEvents 1.0, with any extension attributes
+#[derive(Serialize, ToSchema)]
 #[schema(as = CloudEvent)]
 #[allow(dead_code, reason = "describes what bus_core::cloudevent reads")]
 pub(super) struct CloudEventBody {
@@ -117,7 +142,7 @@ pub(super) struct CloudEventBody {
     specversion: String,
     #[schema(min_length = 1, max_length = 255)]
     id: String,
-    #[schema(min_length = 1, max_length = 1024, format = UriReference)]
+    #[schema(min_length = 1, max_length = 1024, format = "uri-reference")]
     source: String,
     #[schema(min_length = 1, max_length = 255)]
     r#type: String,
@@ -126,11 +151,11 @@ pub(super) struct CloudEventBody {
     #[schema(value_type = Option<String>, format = DateTime)]
     time: Option<String>,
     datacontenttype: Option<String>,
-    #[schema(format = Uri)]
+    #[schema(format = "uri")]
     dataschema: Option<String>,
     /// The payload: any JSON value.
-    #[schema(value_type = Object, nullable, required = false)]
-    data: Option<serde_json::Value>,
+    #[schema(required = false)]
+    data: serde_json::Value,
     /// The payload as Base64, instead of `data`.
     data_base64: Option<String>,
 }
@@ -146,17 +171,12 @@ pub(super) struct CloudEventBody {
     path = "/v1/events",
     tag = "events",
     operation_id = "publishEvents",
-    params((
-        "Idempotency-Key" = Option<String>, Header,
-        description = "For plain JSON: the same key with the same body publishes once within the deduplication \
-                       window. A structured-field string (`\"…\"`) or a bare token of 1 to 255 printable ASCII \
-                       characters"
-    )),
+    params(IdempotencyHeader),
     request_body(content(
-        (PlainEvent = "application/json"),
+        (PlainBody = "application/json"),
         (CloudEventBody = "application/cloudevents+json"),
         (Vec<CloudEventBody> = "application/cloudevents-batch+json"),
-        (Vec<u8> = "*/*")
+        (BinaryPayload = "*/*")
     )),
     responses((status = 202, description = "Committed", body = AcceptedAnswer), PublishProblems),
     security(("apiKey" = ["publish"]))
@@ -176,10 +196,13 @@ pub(super) async fn publish(
     };
     let explicit_id = drafts.iter().map(|draft| draft.id.is_some()).collect();
     let uids: Vec<EventUid> = drafts.iter().map(|_| EventUid(api.ids.next())).collect();
-    let now = api.clock.now();
-    let events =
-        drafts.into_iter().zip(&uids).map(|(draft, uid)| complete(draft, *uid, &access.principal, now)).collect();
-    let publish = Publish { principal: access.principal, events, explicit_id, uids, idempotency };
+    let now = microseconds(api.clock.now());
+    let events = drafts
+        .into_iter()
+        .zip(&uids)
+        .map(|(draft, uid)| complete(draft, *uid, &access.principal, now))
+        .collect();
+    let publish = Publish { principal: access.principal, at: now, events, explicit_id, uids, idempotency };
     let accepted = match api.ingest.publish(publish).await {
         Ok(accepted) => accepted,
         Err(refused) => return Err(not_published(&api, access, refused).await),
@@ -187,9 +210,16 @@ pub(super) async fn publish(
     let mut items = accepted.into_iter().map(AcceptedEvent::from);
     let answer = match (batch, items.next()) {
         (false, Some(one)) => Answer(one).into_response(),
-        (_, first) => Answer(AcceptedBatch { items: first.into_iter().chain(items).collect() }).into_response(),
+        (_, first) => {
+            Answer(AcceptedBatch { items: first.into_iter().chain(items).collect() }).into_response()
+        }
     };
     Ok((StatusCode::ACCEPTED, answer).into_response())
+}
+
+/// The database keeps microseconds, and the answer to a repeated request must be the first one's.
+fn microseconds(time: Timestamp) -> Timestamp {
+    Timestamp::from_microsecond(time.as_microsecond()).unwrap_or(time)
 }
 
 /// Fills in what plain JSON may leave out.
@@ -224,14 +254,16 @@ impl From<EventError> for Problem {
             EventErrorKind::Malformed => ProblemType::MalformedEvent,
             EventErrorKind::UnsupportedMedia => ProblemType::UnsupportedMediaType,
             EventErrorKind::TooLarge | EventErrorKind::TooMany => ProblemType::TooLarge,
-            EventErrorKind::InvalidAttribute
-            | EventErrorKind::InvalidData
-            | EventErrorKind::NotSupported => ProblemType::InvalidFields,
+            EventErrorKind::InvalidAttribute | EventErrorKind::InvalidData | EventErrorKind::NotSupported => {
+                ProblemType::InvalidFields
+            }
         };
         let place = match (error.pointer, error.header) {
             (Some(pointer), _) => Some(FieldError::at(pointer, error.detail.clone())),
             (None, Some(header)) => Some(FieldError::header(header, error.detail.clone())),
-            (None, None) if kind == ProblemType::InvalidFields => Some(FieldError::at("", error.detail.clone())),
+            (None, None) if kind == ProblemType::InvalidFields => {
+                Some(FieldError::at("", error.detail.clone()))
+            }
             (None, None) => None,
         };
         Self { errors: place.into_iter().collect(), ..Self::new(kind, error.detail) }

@@ -1,6 +1,6 @@
 //! A dry run of matching.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Json as Answer,
@@ -17,7 +17,6 @@ use http::{HeaderMap, HeaderValue, header::CONTENT_TYPE};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
-use uuid::Uuid;
 
 use super::{
     Api,
@@ -50,8 +49,8 @@ pub(super) struct ExplainBody {
 }
 
 /// A sample event
-#[derive(ToSchema)]
-#[schema(untagged)]
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
 #[allow(dead_code, reason = "the document's name for the two forms of an event")]
 enum SampleEvent {
     Plain(PlainEvent),
@@ -121,14 +120,15 @@ pub(super) async fn explain(
         return Err(Problem::invalid_at("/publisher", "there is no such connection"));
     }
     let event = complete(draft, EventUid(api.ids.next()), &principal, api.clock.now());
-    let turn = tokio::time::timeout(TURN, api.explains.acquire()).await;
-    let Ok(Ok(_turn)) = turn else {
+    let turn = tokio::time::timeout(TURN, Arc::clone(&api.explains).acquire_owned()).await;
+    let Ok(Ok(turn)) = turn else {
         return Err(Problem::overloaded("too many explanations are under way", TURN));
     };
     let snapshot = api.snapshots.fresh(principal.organization).await?;
     let explained = tokio::task::spawn_blocking(move || {
-        let subject =
-            Subject { event_type: &event.r#type, publisher, payload: event.json_payload() };
+        // Until this is done, even if the client is gone.
+        let _turn = turn;
+        let subject = Subject { event_type: &event.r#type, publisher, payload: event.json_payload() };
         let candidates = snapshot.explain(subject);
         candidates
             .into_iter()

@@ -1,6 +1,6 @@
 //! Reading requests: bodies, query strings and ids, with a bound on each and a pointer to each mistake.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use axum::{
     body::Body,
@@ -214,6 +214,13 @@ impl<T: DeserializeOwned, S: Sync> FromRequestParts<S> for Query<T> {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         let pairs = url::form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes());
+        let mut seen = HashSet::new();
+        if let Some((name, _)) = pairs.clone().find(|(name, _)| !seen.insert(name.clone())) {
+            return Err(Problem::invalid(vec![FieldError::parameter(
+                name,
+                "this parameter can be given once",
+            )]));
+        }
         let deserializer = serde_urlencoded::Deserializer::new(pairs);
         serde_path_to_error::deserialize(deserializer).map(Self).map_err(|error| {
             let name = match error.path().iter().next() {
@@ -301,7 +308,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn bodies_share_a_bounded_room_and_give_it_back() {
         let room = Room(Arc::new(Semaphore::new(2)));
-        let read = async || read_body(&room, &HeaderMap::new(), Body::from(vec![0; 2 * ROOM_UNIT]), 1 << 20).await;
+        let read =
+            async || read_body(&room, &HeaderMap::new(), Body::from(vec![0; 2 * ROOM_UNIT]), 1 << 20).await;
         let first = read().await.unwrap();
         let refused = read().await.unwrap_err();
         assert_eq!(refused.kind, ProblemType::Overloaded);

@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tracing::Instrument as _;
 
 use super::{
-    Api,
+    Api, drain,
     problem::{Problem, ProblemType},
 };
 
@@ -45,21 +45,23 @@ pub(super) async fn finish(State(api): State<Api>, request: Request, next: Next)
         HeaderValue::try_from(api.ids.next().to_string()).expect("a UUID is visible ASCII")
     });
     // The pattern, not the path: a label must have few values.
-    let route =
-        request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
+    let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_owned();
     let method = method_label(request.method());
     let text = id.to_str().expect("request_id lets only visible ASCII pass").to_owned();
     let span = tracing::info_span!("request", request.id = %text, http.method = method, http.route = %route);
+    let (request, leftover) = drain::lend(request);
     let mut response = next.run(request).instrument(span.clone()).await;
 
     let status = response.status();
-    let problem = response
-        .extensions_mut()
-        .remove::<Problem>()
-        .or_else(|| (status.is_client_error() || status.is_server_error()).then(|| Problem::from_status(status)));
+    let problem = response.extensions_mut().remove::<Problem>().or_else(|| {
+        (status.is_client_error() || status.is_server_error()).then(|| Problem::from_status(status))
+    });
     if let Some(problem) = &problem {
         problem.render(&mut response, &text);
         span.in_scope(|| log(problem));
+        if let Some(leftover) = leftover {
+            leftover.drain().await;
+        }
     }
     response.headers_mut().insert(REQUEST_ID, id);
     // The browser must neither guess the type of what it gets nor keep it.
@@ -69,7 +71,11 @@ pub(super) async fn finish(State(api): State<Api>, request: Request, next: Next)
     let duration = begun.elapsed();
     let status = response.status();
     span.in_scope(|| {
-        tracing::debug!(http.status = status.as_u16(), duration_ms = duration.as_millis(), "Request answered");
+        tracing::debug!(
+            http.status = status.as_u16(),
+            duration_ms = duration.as_millis(),
+            "Request answered"
+        );
     });
     metrics::counter!(REQUESTS, "method" => method, "route" => route.clone(), "status" => status_label(status))
         .increment(1);

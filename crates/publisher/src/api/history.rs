@@ -10,11 +10,11 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use utoipa::{IntoParams, ToSchema};
-use uuid::Uuid;
 
 use super::{
     Api,
     auth::{Authorized, History},
+    events::CloudEventBody,
     extract::{Id, Query},
     openapi::{EventProblems, ListProblems},
     page::{Cursor, Limit, Page, cursor},
@@ -51,7 +51,7 @@ pub(super) struct EventView {
     subscriptions: Vec<SubscriptionId>,
     /// The CloudEvent in the JSON format, as it is delivered.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<CloudEventBody>)]
     event: Option<Box<RawValue>>,
 }
 

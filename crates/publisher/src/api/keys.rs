@@ -2,11 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use axum::{
-    Json as Answer,
-    extract::State,
-    response::Response,
-};
+use axum::{Json as Answer, extract::State, response::Response};
 use bus_core::{
     ids::{ConnectionId, KeyId, OrganizationId},
     pg::{self, ApiKey, CreateKey, NewKey, Scope},
@@ -15,7 +11,6 @@ use http::StatusCode;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use uuid::Uuid;
 
 use super::{
     Api,
@@ -173,7 +168,9 @@ pub(super) async fn create(
             Ok(created(&path, Answer(KeyView { key: Some(fresh.text), ..key.into() })))
         }
         CreateKey::NoSuchOrganization => Err(Problem::not_found()),
-        CreateKey::NoSuchConnection => Err(Problem::invalid_at("/connectionId", "there is no such connection")),
+        CreateKey::NoSuchConnection => {
+            Err(Problem::invalid_at("/connectionId", "there is no such connection"))
+        }
     }
 }
 

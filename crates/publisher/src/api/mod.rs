@@ -3,6 +3,7 @@
 pub mod auth;
 mod connections;
 mod deliveries;
+mod drain;
 mod events;
 mod explain;
 mod extract;
@@ -42,7 +43,7 @@ struct ApiParts {
     app: AppState,
     key_cache: KeyCache,
     room: Room,
-    explains: Semaphore,
+    explains: Arc<Semaphore>,
     document: Bytes,
 }
 
@@ -69,7 +70,7 @@ pub fn router(state: AppState) -> Router {
         app: state,
         key_cache: KeyCache::new(),
         room: Room::new(),
-        explains: Semaphore::new(explain::AT_A_TIME),
+        explains: Arc::new(Semaphore::new(explain::AT_A_TIME)),
         document,
     }));
     router

@@ -39,15 +39,19 @@ struct SecuritySchemes;
 impl Modify for SecuritySchemes {
     fn modify(&self, document: &mut Document) {
         let bearer = |description: &str| {
-            let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(description)).build();
+            let scheme =
+                HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some(description)).build();
             SecurityScheme::Http(scheme)
         };
         let components = document.components.get_or_insert_default();
         components.add_security_scheme(
             "apiKey",
-            bearer("A key of an organization (`ebk_…`); the scopes that an operation needs are listed with it"),
+            bearer(
+                "A key of an organization (`ebk_…`); the scopes that an operation needs are listed with it",
+            ),
         );
-        components.add_security_scheme("adminToken", bearer("The administrator's token, from the configuration"));
+        components
+            .add_security_scheme("adminToken", bearer("The administrator's token, from the configuration"));
     }
 }
 
@@ -57,7 +61,10 @@ pub(super) fn problem_responses(kinds: &[ProblemType]) -> BTreeMap<String, RefOr
     for kind in kinds {
         by_status.entry(kind.status().as_u16()).or_default().push(*kind);
     }
-    by_status.into_iter().map(|(status, kinds)| (status.to_string(), problem_response(status, &kinds).into())).collect()
+    by_status
+        .into_iter()
+        .map(|(status, kinds)| (status.to_string(), problem_response(status, &kinds).into()))
+        .collect()
 }
 
 fn problem_response(status: u16, kinds: &[ProblemType]) -> Response {
@@ -66,7 +73,7 @@ fn problem_response(status: u16, kinds: &[ProblemType]) -> Response {
         .description(lines.join("\n\n"))
         .content(PROBLEM_JSON, Content::new(Some(Ref::from_schema_name("Problem"))));
     let header = |description: &str, r#type: Type| {
-        HeaderBuilder::new().schema(Object::with_type(r#type)).description(Some(description)).build()
+        HeaderBuilder::new().schema(Some(Object::with_type(r#type))).description(Some(description)).build()
     };
     if status == StatusCode::SERVICE_UNAVAILABLE {
         response = response.header("Retry-After", header("When to try again, seconds", Type::Integer));

@@ -1,10 +1,6 @@
 //! Organizations, for the administrator.
 
-use axum::{
-    Json as Answer,
-    extract::State,
-    response::Response,
-};
+use axum::{Json as Answer, extract::State, response::Response};
 use bus_core::{
     ids::OrganizationId,
     pg::{self, CreateOrganization, Organization},
@@ -12,7 +8,6 @@ use bus_core::{
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
-use uuid::Uuid;
 
 use super::{
     Api,

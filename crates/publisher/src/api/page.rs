@@ -76,7 +76,8 @@ mod tests {
 
     #[test]
     fn limits_and_cursors_are_checked() {
-        for (text, limit) in [("1", Some(1)), ("200", Some(200)), ("0", None), ("201", None), ("-1", None), ("x", None)]
+        for (text, limit) in
+            [("1", Some(1)), ("200", Some(200)), ("0", None), ("201", None), ("-1", None), ("x", None)]
         {
             assert_eq!(Limit::try_from(text.to_owned()).ok().map(|limit| limit.0), limit, "{text}");
         }

@@ -222,7 +222,10 @@ impl Problem {
 
     /// The fault of the event bus.
     pub fn internal() -> Self {
-        Self::new(ProblemType::Internal, "the request could not be handled; the requestId finds the reason in the log")
+        Self::new(
+            ProblemType::Internal,
+            "the request could not be handled; the requestId finds the reason in the log",
+        )
     }
 
     /// The database failed.
@@ -244,9 +247,10 @@ impl Problem {
     pub(super) fn from_status(status: StatusCode) -> Self {
         match status {
             StatusCode::NOT_FOUND => Self::not_found(),
-            StatusCode::METHOD_NOT_ALLOWED => {
-                Self::new(ProblemType::MethodNotAllowed, "this path does not have this method; see the Allow header")
-            }
+            StatusCode::METHOD_NOT_ALLOWED => Self::new(
+                ProblemType::MethodNotAllowed,
+                "this path does not have this method; see the Allow header",
+            ),
             StatusCode::PAYLOAD_TOO_LARGE => Self::new(ProblemType::TooLarge, "the body is too large"),
             StatusCode::UNSUPPORTED_MEDIA_TYPE => {
                 Self::new(ProblemType::UnsupportedMediaType, "this operation does not take this content type")
@@ -323,8 +327,10 @@ mod tests {
             let line = format!("| `{}` | {} | {} |", kind.slug(), kind.status().as_u16(), kind.meaning());
             assert!(documented.contains(&line), "docs/api.md lacks this line:\n{line}");
         }
-        let lines = documented.lines().filter(|line| line.starts_with("| `") && line.contains("` | 4")
-            || line.starts_with("| `") && line.contains("` | 5"));
+        let lines = documented.lines().filter(|line| {
+            line.starts_with("| `") && line.contains("` | 4")
+                || line.starts_with("| `") && line.contains("` | 5")
+        });
         assert_eq!(lines.count(), ProblemType::ALL.len(), "docs/api.md has a problem that does not exist");
     }
 

@@ -1,6 +1,10 @@
 //! Subscriptions: what a connection receives.
 
-use axum::{Json as Answer, extract::State, response::{IntoResponse as _, Response}};
+use axum::{
+    Json as Answer,
+    extract::State,
+    response::{IntoResponse as _, Response},
+};
 use bus_core::{
     filter::PayloadFilter,
     ids::{ConnectionId, SubscriptionId},
@@ -15,7 +19,6 @@ use http::StatusCode;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
-use uuid::Uuid;
 
 use super::{
     Api,
@@ -126,7 +129,8 @@ pub(super) fn read_wanted(
 }
 
 fn read_event_type(pointer: &str, text: &str) -> Result<TypePattern, FieldError> {
-    TypePattern::parse(text).map_err(|error| FieldError::at(format!("{pointer}/eventType"), error.to_string()))
+    TypePattern::parse(text)
+        .map_err(|error| FieldError::at(format!("{pointer}/eventType"), error.to_string()))
 }
 
 fn read_filter(pointer: &str, text: &str) -> Result<PayloadFilter, FieldError> {
@@ -139,7 +143,9 @@ fn read_filter(pointer: &str, text: &str) -> Result<PayloadFilter, FieldError> {
 /// What another organization has, this one has not: the answer is the same as for an id that nobody has.
 pub(super) fn refused(refused: SubscriptionRefused, connection: &str, publisher: &str) -> Problem {
     match refused {
-        SubscriptionRefused::NoSuchConnection => Problem::invalid_at(connection, "there is no such connection"),
+        SubscriptionRefused::NoSuchConnection => {
+            Problem::invalid_at(connection, "there is no such connection")
+        }
         SubscriptionRefused::NotAReceiver => {
             Problem::invalid_at(connection, "a connection of the kind publisher receives nothing")
         }

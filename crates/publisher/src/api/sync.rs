@@ -9,7 +9,6 @@ use bus_core::{
 };
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use uuid::Uuid;
 
 use super::{
     Api,
@@ -90,8 +89,7 @@ pub(super) async fn sync(
         return Err(Problem::not_found());
     }
     let wanted = read_set(set)?;
-    let wanted: Vec<_> =
-        wanted.into_iter().map(|wanted| (SubscriptionId(api.ids.next()), wanted)).collect();
+    let wanted: Vec<_> = wanted.into_iter().map(|wanted| (SubscriptionId(api.ids.next()), wanted)).collect();
     match pg::sync_subscriptions(&api.pool, principal.organization, connection, &wanted).await? {
         SyncSubscriptions::Synced(synced) => Ok(Answer(SyncResult {
             created: synced.created,

@@ -6,15 +6,18 @@ use super::*;
 
 /// Text as attributes may have it.
 fn text(most: usize) -> impl Strategy<Value = String> {
-    vec(prop_oneof![4 => proptest::char::range('!', '~'), 1 => Just(' '), 1 => Just('%'), 1 => any::<char>()], 1..most)
-        .prop_map(|characters| {
-            characters
-                .into_iter()
-                .filter(|character| !character.is_control() && u32::from(*character) & 0xFFFE != 0xFFFE)
-                .filter(|character| !(0xFDD0..=0xFDEF).contains(&u32::from(*character)))
-                .collect::<String>()
-        })
-        .prop_filter("not empty", |text| !text.is_empty())
+    vec(
+        prop_oneof![4 => proptest::char::range('!', '~'), 1 => Just(' '), 1 => Just('%'), 1 => any::<char>()],
+        1..most,
+    )
+    .prop_map(|characters| {
+        characters
+            .into_iter()
+            .filter(|character| !character.is_control() && u32::from(*character) & 0xFFFE != 0xFFFE)
+            .filter(|character| !(0xFDD0..=0xFDEF).contains(&u32::from(*character)))
+            .collect::<String>()
+    })
+    .prop_filter("not empty", |text| !text.is_empty())
 }
 
 fn uri() -> impl Strategy<Value = String> {
@@ -32,7 +35,8 @@ fn json_text() -> impl Strategy<Value = String> {
         prop_oneof![
             vec(inner.clone(), 0..4).prop_map(|items| format!("[{}]", items.join(" , "))),
             vec(("[abé]", inner), 0..4).prop_map(|members| {
-                let members: Vec<_> = members.into_iter().map(|(name, value)| format!("\"{name}\":\n{value}")).collect();
+                let members: Vec<_> =
+                    members.into_iter().map(|(name, value)| format!("\"{name}\":\n{value}")).collect();
                 format!("{{ {} }}", members.join(",\t"))
             }),
         ]
@@ -43,9 +47,11 @@ fn payloads() -> impl Strategy<Value = (Option<String>, Option<Data>)> {
     let of_json = option::of("application/json|application/vnd\\.x\\+json; charset=utf-8|text/json");
     let of_bytes = option::of("text/plain|application/octet-stream|image/png; q=\"a b\"");
     prop_oneof![
-        (of_json, json_text()).prop_map(|(kind, text)| (kind, Some(Data::Json(RawValue::from_string(text).unwrap())))),
+        (of_json, json_text())
+            .prop_map(|(kind, text)| (kind, Some(Data::Json(RawValue::from_string(text).unwrap())))),
         // Binary mode cannot tell no bytes from no payload.
-        (of_bytes, vec(any::<u8>(), 1..200)).prop_map(|(kind, bytes)| (kind, Some(Data::Bytes(bytes.into())))),
+        (of_bytes, vec(any::<u8>(), 1..200))
+            .prop_map(|(kind, bytes)| (kind, Some(Data::Bytes(bytes.into())))),
         option::of("text/plain|application/json").prop_map(|kind| (kind, None)),
     ]
 }
@@ -66,9 +72,21 @@ fn events() -> impl Strategy<Value = CloudEvent> {
         (option::of(text(60)), option::of(time), option::of(uri())),
         (extensions, payloads()),
     )
-        .prop_map(|((id, source, r#type), (subject, time, dataschema), (extensions, (datacontenttype, data)))| {
-            CloudEvent { id, source, r#type, subject, time, datacontenttype, dataschema, extensions, data }
-        })
+        .prop_map(
+            |((id, source, r#type), (subject, time, dataschema), (extensions, (datacontenttype, data)))| {
+                CloudEvent {
+                    id,
+                    source,
+                    r#type,
+                    subject,
+                    time,
+                    datacontenttype,
+                    dataschema,
+                    extensions,
+                    data,
+                }
+            },
+        )
 }
 
 /// What binary mode makes of an event: the implied content type is explicit, and extensions are text.

@@ -33,7 +33,7 @@ pub(in crate::api) struct ConnectionPatch {
     kind: Option<Kind>,
     /// Cannot be `null`.
     #[serde(default, deserialize_with = "present")]
-    #[schema(value_type = Option<String>, max_length = 2048, format = Uri)]
+    #[schema(value_type = Option<String>, max_length = 2048, format = "uri")]
     url: Option<Option<String>>,
     /// Each is set, or removed by `null`; those that are absent stay. `null` removes all.
     #[serde(default, deserialize_with = "present")]

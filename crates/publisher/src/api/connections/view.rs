@@ -9,7 +9,6 @@ use bus_core::{
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use uuid::Uuid;
 
 /// Stands for a header's value that is not shown.
 pub(super) const REDACTED: &str = "***";
@@ -78,7 +77,7 @@ pub(in crate::api) struct ConnectionView {
     disabled_reason: Option<String>,
     /// Only of a webhook.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(format = Uri)]
+    #[schema(format = "uri")]
     url: Option<String>,
     /// Only of a webhook. Values of headers that may carry a credential are shown as `***`: those whose
     /// name contains auth, cookie, credential, key, password, secret, signature or token.
@@ -93,7 +92,7 @@ pub(in crate::api) struct ConnectionView {
     /// A new signing secret, shown once when it is set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(read_only)]
-    pub(super) secret: Option<String>,
+    secret: Option<String>,
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
     #[schema(value_type = String, format = DateTime)]
@@ -127,6 +126,13 @@ impl From<Connection> for ConnectionView {
     }
 }
 
+impl ConnectionView {
+    /// Shows a secret that was just set.
+    pub(super) fn with_secret(self, secret: Option<String>) -> Self {
+        Self { secret, ..self }
+    }
+}
+
 fn redact((name, value): (String, String)) -> (String, String) {
     let value = if is_sensitive(&name) { REDACTED.to_owned() } else { value };
     (name, value)
@@ -138,7 +144,9 @@ mod tests {
 
     #[test]
     fn headers_that_may_carry_credentials_are_hidden() {
-        for name in ["authorization", "Proxy-Authorization", "cookie", "x-api-key", "X-Auth-Token", "x-hub-signature"] {
+        for name in
+            ["authorization", "Proxy-Authorization", "cookie", "x-api-key", "X-Auth-Token", "x-hub-signature"]
+        {
             assert!(is_sensitive(name), "{name}");
         }
         for name in ["user-agent", "x-environment", "accept"] {

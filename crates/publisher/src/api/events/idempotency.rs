@@ -24,7 +24,9 @@ pub(super) fn read_idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Optio
         return Err(refused("send one Idempotency-Key"));
     }
     if !is_plain_json(headers) {
-        return Err(refused("a CloudEvent is deduplicated by its source and id; send no Idempotency-Key with it"));
+        return Err(refused(
+            "a CloudEvent is deduplicated by its source and id; send no Idempotency-Key with it",
+        ));
     }
     let key = value.to_str().ok().and_then(parse).ok_or_else(|| {
         refused("an Idempotency-Key is a quoted string, or a token, of 1 to 255 printable ASCII characters")
@@ -33,7 +35,10 @@ pub(super) fn read_idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Optio
 }
 
 fn refused(detail: &str) -> Problem {
-    Problem { errors: vec![FieldError::header(NAME, detail)], ..Problem::new(ProblemType::InvalidIdempotencyKey, detail) }
+    Problem {
+        errors: vec![FieldError::header(NAME, detail)],
+        ..Problem::new(ProblemType::InvalidIdempotencyKey, detail)
+    }
 }
 
 /// Neither structured nor batch nor binary mode (CloudEvents HTTP binding §3).
@@ -76,7 +81,19 @@ mod tests {
         assert_eq!(parse("\"8e03978e-40d5\""), Some("8e03978e-40d5".to_owned()));
         assert_eq!(parse(r#""a \"b\" \\c""#), Some(r#"a "b" \c"#.to_owned()));
         assert_eq!(parse(&"k".repeat(255)).map(|key| key.len()), Some(255));
-        for bad in ["", "\"\"", "\"a", "a\"", "\"a\"b", "\"a\";x=1", r#""a\n""#, "a b", "\"é\"", "é", &"k".repeat(256)] {
+        for bad in [
+            "",
+            "\"\"",
+            "\"a",
+            "a\"",
+            "\"a\"b",
+            "\"a\";x=1",
+            r#""a\n""#,
+            "a b",
+            "\"é\"",
+            "é",
+            &"k".repeat(256),
+        ] {
             assert_eq!(parse(bad), None, "{bad}");
         }
     }

@@ -1,0 +1,217 @@
+//! The statements behind the outbox, parking, deduplication, partitions and schema checks.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{collections::BTreeSet, time::Duration};
+
+use bus_core::{
+    delivery::DeliveryKey,
+    ids::{DeliveryId, EventUid, Ids as _, OrganizationId, OutboxId, SubscriptionId, SystemIds},
+    pg::{self, Claim, Park, StoreError, UniqueKey},
+};
+use devkit::{
+    database::{Database, role_url},
+    processes::Role,
+    servers::shared_servers,
+};
+use jiff::Timestamp;
+use sqlx::PgPool;
+
+async fn database() -> (Database, PgPool) {
+    let servers = shared_servers().await.unwrap();
+    let database = Database::create(servers.postgres_url()).await.unwrap();
+    let pool = PgPool::connect(database.url()).await.unwrap();
+    (database, pool)
+}
+
+async fn end(database: Database, pool: PgPool) {
+    pool.close().await;
+    database.drop().await.unwrap();
+}
+
+#[tokio::test]
+async fn i1_an_unfinished_fan_out_is_taken_over_once_its_lease_ends_and_by_one() {
+    let (database, pool) = database().await;
+    let (held, left) = (OutboxId(SystemIds.next()), OutboxId(SystemIds.next()));
+    let events = [EventUid(SystemIds.next()), EventUid(SystemIds.next())];
+    let mut connection = pool.acquire().await.unwrap();
+    pg::insert_outbox(&mut connection, held, &events, 600).await.unwrap();
+    pg::insert_outbox(&mut connection, left, &events, 0).await.unwrap();
+    let (a, b) = tokio::join!(pg::take_over(&pool, 10, 600), pg::take_over(&pool, 10, 600));
+    let taken: Vec<_> = a.unwrap().into_iter().chain(b.unwrap()).collect();
+    assert_eq!(taken.iter().map(|row| row.id).collect::<Vec<_>>(), [left]);
+    assert_eq!(taken[0].events, events);
+    pg::finish_outbox(&pool, &[left, held]).await.unwrap();
+    assert!(pg::take_over(&pool, 10, 0).await.unwrap().is_empty(), "finished is finished");
+    assert_eq!(pg::sweep_outbox(&pool, Duration::from_secs(600), 100).await.unwrap(), 0);
+    assert_eq!(pg::sweep_outbox(&pool, Duration::ZERO, 100).await.unwrap(), 2);
+    drop(connection);
+    end(database, pool).await;
+}
+
+#[tokio::test]
+async fn concurrent_claims_of_one_key_have_one_winner_and_the_others_see_it() {
+    let (database, pool) = database().await;
+    let organization = OrganizationId(SystemIds.next());
+    let claim = |n: u8| {
+        let pool = pool.clone();
+        async move {
+            let event = EventUid(SystemIds.next());
+            let mut claims = vec![Claim {
+                key: UniqueKey::event(organization, "/shop", "o-1"),
+                events: vec![event],
+                fingerprint: None,
+            }];
+            // In different orders, which must not make them wait for each other.
+            let other = Claim {
+                key: UniqueKey::event(organization, "/shop", &format!("only-{n}")),
+                events: vec![event],
+                fingerprint: None,
+            };
+            claims.insert(usize::from(n % 2), other);
+            let mut transaction = pg::begin(&pool).await.unwrap();
+            let taken = pg::claim_keys(&mut transaction, &claims, 60).await.unwrap();
+            pg::commit(transaction).await.unwrap();
+            let shared = UniqueKey::event(organization, "/shop", "o-1");
+            taken.get(&shared).map_or(event, |taken| taken.events[0])
+        }
+    };
+    let winners: BTreeSet<EventUid> =
+        futures::future::join_all((0..8).map(claim)).await.into_iter().collect();
+    assert_eq!(winners.len(), 1, "{winners:?}");
+    end(database, pool).await;
+}
+
+#[tokio::test]
+async fn an_expired_key_can_be_claimed_again() {
+    let (database, pool) = database().await;
+    let key = UniqueKey::idempotency(OrganizationId(SystemIds.next()), "abc");
+    let mut connection = pool.acquire().await.unwrap();
+    for expect_taken in [false, false, true] {
+        let claim =
+            Claim { key: key.clone(), events: vec![EventUid(SystemIds.next())], fingerprint: Some([7; 32]) };
+        let window = if expect_taken { 60 } else { 0 };
+        let taken = pg::claim_keys(&mut connection, std::slice::from_ref(&claim), window).await.unwrap();
+        assert!(taken.is_empty(), "nobody has it");
+        if expect_taken {
+            let taken = pg::claim_keys(&mut connection, &[claim], 60).await.unwrap();
+            assert_eq!(taken[&key].fingerprint.as_deref(), Some(&[7; 32][..]));
+        }
+    }
+    drop(connection);
+    end(database, pool).await;
+}
+
+async fn parked(pool: &PgPool, attempts: u32, wait_s: f64) -> Park {
+    let (event, subscription) = (EventUid(SystemIds.next()), SubscriptionId(SystemIds.next()));
+    let organization = OrganizationId(SystemIds.next());
+    sqlx::query(
+        "INSERT INTO events (uid, organization_id, id, source, type, time, body)
+         VALUES ($1, $2, $1::text, '/test', 'test', now(), 'body')",
+    )
+    .bind(event.0)
+    .bind(organization.0)
+    .execute(pool)
+    .await
+    .unwrap();
+    let key = DeliveryKey {
+        id: DeliveryId::derive(event, subscription),
+        event,
+        organization,
+        subscription,
+        connection: SystemIds.next().into(),
+        connection_version: 1,
+    };
+    Park { key, attempts, wait_s, reason: "the endpoint answered 500".into() }
+}
+
+#[tokio::test]
+async fn a_parked_delivery_is_handed_out_when_due_and_to_one_scheduler() {
+    let (database, pool) = database().await;
+    let (due, later) = (parked(&pool, 3, 0.0).await, parked(&pool, 3, 3_600.0).await);
+    pg::park(&pool, &[due.clone(), later.clone()]).await.unwrap();
+    let (a, b) = tokio::join!(pg::take_due(&pool, 10, 600), pg::take_due(&pool, 10, 600));
+    let taken: Vec<_> = a.unwrap().into_iter().chain(b.unwrap()).collect();
+    assert_eq!(taken.len(), 1);
+    assert_eq!((taken[0].key, taken[0].attempts, &taken[0].body[..]), (due.key, 3, &b"body"[..]));
+    pg::unpark(&pool, &[(due.key.id, 3)]).await.unwrap();
+    let next = pg::next_due_in(&pool).await.unwrap().expect("one is left");
+    assert!((3_000.0..=3_600.0).contains(&next), "{next}");
+    end(database, pool).await;
+}
+
+#[tokio::test]
+async fn a_delivery_that_was_parked_again_meanwhile_stays() {
+    let (database, pool) = database().await;
+    let first = parked(&pool, 3, 0.0).await;
+    pg::park(&pool, std::slice::from_ref(&first)).await.unwrap();
+    let taken = pg::take_due(&pool, 10, 600).await.unwrap();
+    let again = Park { attempts: 4, wait_s: 3_600.0, ..first.clone() };
+    pg::park(&pool, &[again]).await.unwrap();
+    // What the scheduler took has failed once more before it could remove the row.
+    pg::unpark(&pool, &[(taken[0].key.id, taken[0].attempts)]).await.unwrap();
+    pg::park(&pool, &[first]).await.unwrap();
+    let attempts: Vec<i32> =
+        sqlx::query_scalar("SELECT attempts FROM parked_deliveries").fetch_all(&pool).await.unwrap();
+    assert_eq!(attempts, [4], "the later state stays");
+    end(database, pool).await;
+}
+
+#[tokio::test]
+async fn partitions_are_created_ahead_once_and_by_the_archivers_role() {
+    let (database, pool) = database().await;
+    let archiver = PgPool::connect(&role_url(database.url(), Role::Archiver).unwrap()).await.unwrap();
+    let now: Timestamp = "2026-12-30T23:59:59Z".parse().unwrap();
+    let (a, b) = tokio::join!(pg::create_partitions(&archiver, now, 3), pg::create_partitions(&pool, now, 3));
+    assert_eq!(a.unwrap() + b.unwrap(), 6, "three days of two tables, each once");
+    assert_eq!(pg::create_partitions(&archiver, now, 3).await.unwrap(), 0);
+    // An event of New Year's Day goes to its own partition.
+    let uid = bus_core::ids::uuid_floor("2027-01-01T12:00:00Z".parse().unwrap());
+    sqlx::query(
+        "INSERT INTO events (uid, organization_id, id, source, type, time, body)
+         VALUES ($1, $1, 'x', '/test', 'test', now(), '')",
+    )
+    .bind(uid)
+    .execute(&pool)
+    .await
+    .unwrap();
+    let partition: String = sqlx::query_scalar("SELECT tableoid::regclass::text FROM events WHERE uid = $1")
+        .bind(uid)
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+    assert_eq!(partition, "events_20270101");
+    archiver.close().await;
+    end(database, pool).await;
+}
+
+#[tokio::test]
+async fn a_schema_that_is_behind_is_named_and_one_that_is_ahead_is_accepted() {
+    let (database, pool) = database().await;
+    pg::check_schema(&pool).await.unwrap();
+    sqlx::query(
+        "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+         VALUES (30000101000000, 'of the future', true, '', 0)",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    pg::check_schema(&pool).await.unwrap();
+    sqlx::query("DELETE FROM _sqlx_migrations WHERE version > 20261121000001").execute(&pool).await.unwrap();
+    match pg::check_schema(&pool).await {
+        Err(StoreError::Schema { found: Some(20_261_121_000_001), .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    end(database, pool).await;
+}
+
+#[tokio::test]
+async fn i3_a_worker_cannot_read_a_key() {
+    let (database, pool) = database().await;
+    let worker = PgPool::connect(&role_url(database.url(), Role::DeliveryWorker).unwrap()).await.unwrap();
+    let refused = sqlx::query("SELECT hash FROM api_keys").execute(&worker).await.unwrap_err();
+    let code = refused.as_database_error().and_then(|error| error.code().map(|code| code.into_owned()));
+    assert_eq!(code.as_deref(), Some("42501"), "{refused}");
+    worker.close().await;
+    end(database, pool).await;
+}

@@ -1,0 +1,259 @@
+//! Invariant I3: whatever the operation, the key of another organization sees nothing and changes
+//! nothing.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use common::{Bus, Caller, Check as _, Tenant, operations, pointers, problem};
+use http::Method;
+use serde_json::{Value, json};
+use sqlx::PgPool;
+
+/// What another organization has.
+struct Victim {
+    tenant: Tenant,
+    connection: String,
+    publisher: String,
+    subscription: String,
+    key: String,
+    event: String,
+}
+
+/// What a stranger must get.
+enum Expected {
+    /// As if it did not exist.
+    NotFound,
+    /// Only the administrator may do this at all.
+    Forbidden,
+    /// A list of the stranger's own, which is empty.
+    EmptyList,
+    /// As if the id in the body did not exist.
+    NoSuchId(&'static str),
+    /// It works, among the stranger's own things.
+    Own(u16),
+}
+
+use Expected::{EmptyList, Forbidden, NoSuchId, NotFound, Own};
+
+/// The table: what a stranger tries, for every operation of the document.
+fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>, Expected)>> {
+    let Victim { tenant, connection, publisher, subscription, key, event } = victim;
+    let organizations = "/v1/admin/organizations";
+    let organization = format!("{organizations}/{}", tenant.id);
+    let path = |collection: &str, id: &str| format!("/v1/{collection}/{id}");
+    let subscribe =
+        |to: &str, by: Option<&str>| json!({ "connectionId": to, "eventType": ">", "publisher": by });
+    Some(match operation {
+        "getOpenapi" => vec![("/openapi.json".into(), None, Own(200))],
+        "createOrganization" => vec![(organizations.into(), Some(json!({ "name": "x" })), Forbidden)],
+        "listOrganizations" => vec![(organizations.into(), None, Forbidden)],
+        "getOrganization" => vec![(organization, None, NotFound)],
+        "createKey" => {
+            let new = json!({ "name": "x", "scopes": ["read"] });
+            vec![(format!("{organization}/keys"), Some(new), NotFound)]
+        }
+        "listKeys" => vec![(format!("{organization}/keys"), None, NotFound)],
+        "revokeKey" => vec![(format!("{organization}/keys/{key}"), None, NotFound)],
+        "createConnection" => {
+            // The same name is no conflict, and says nothing about the other's.
+            vec![("/v1/connections".into(), Some(json!({ "name": "shop", "kind": "publisher" })), Own(201))]
+        }
+        "listConnections" => vec![
+            ("/v1/connections".into(), None, EmptyList),
+            (format!("/v1/connections?cursor={}", "A".repeat(22)), None, EmptyList),
+        ],
+        "getConnection" => vec![(path("connections", connection), None, NotFound)],
+        "changeConnection" => {
+            vec![(
+                path("connections", connection),
+                Some(json!({ "enabled": false, "secret": null })),
+                NotFound,
+            )]
+        }
+        "deleteConnection" => vec![(path("connections", connection), None, NotFound)],
+        "syncSubscriptions" => {
+            let path = format!("/v1/connections/{connection}/subscriptions");
+            vec![(path, Some(json!({ "subscriptions": [] })), NotFound)]
+        }
+        "createSubscription" => vec![
+            ("/v1/subscriptions".into(), Some(subscribe(connection, None)), NoSuchId("/connectionId")),
+            (
+                "/v1/subscriptions".into(),
+                Some(subscribe(connection, Some(publisher))),
+                NoSuchId("/connectionId"),
+            ),
+        ],
+        "listSubscriptions" => vec![
+            ("/v1/subscriptions".into(), None, EmptyList),
+            (format!("/v1/subscriptions?connectionId={connection}"), None, EmptyList),
+        ],
+        "getSubscription" => vec![(path("subscriptions", subscription), None, NotFound)],
+        "changeSubscription" => {
+            vec![(path("subscriptions", subscription), Some(json!({ "enabled": false })), NotFound)]
+        }
+        "deleteSubscription" => vec![(path("subscriptions", subscription), None, NotFound)],
+        "explainSubscriptions" => {
+            let sample = json!({ "type": "order.created", "data": { "total": 500 } });
+            vec![
+                ("/v1/subscriptions/explain".into(), Some(json!({ "event": sample })), EmptyList),
+                (
+                    "/v1/subscriptions/explain".into(),
+                    Some(json!({ "event": sample, "publisher": publisher })),
+                    NoSuchId("/publisher"),
+                ),
+            ]
+        }
+        "publishEvents" => {
+            // The victim's own (source, id): neither a duplicate nor a match.
+            let event = json!({ "type": "order.created", "source": "/victim", "id": "secret-id", "data": 1 });
+            vec![("/v1/events".into(), Some(event), Own(202))]
+        }
+        "listEvents" => vec![
+            ("/v1/events".into(), None, EmptyList),
+            ("/v1/events?type=order.created&source=/victim&include=event".into(), None, EmptyList),
+        ],
+        "getEvent" => vec![
+            (path("events", event), None, NotFound),
+            (path("events", "secret-id"), None, NotFound),
+            (path("events", "secret-id?source=/victim"), None, NotFound),
+        ],
+        "listDeliveries" => vec![
+            (format!("/v1/events/{event}/deliveries"), None, NotFound),
+            ("/v1/events/secret-id/deliveries".into(), None, NotFound),
+        ],
+        _ => return None,
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn i3_a_foreign_key_sees_nothing_and_changes_nothing() {
+    let bus = Bus::start().await;
+    let victim = furnish(&bus).await;
+    let stranger_tenant = bus.tenant("stranger").await;
+    // The most that an organization can have, and what an ordinary one has.
+    let admin = stranger_tenant.key(json!({ "scopes": ["publish", "subscribe", "read", "admin"] })).await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let before = fingerprint(&pool, &victim.tenant.id).await;
+    assert!(before.len() >= 6, "every table with an organization_id: {before:?}");
+
+    // What the stranger makes comes last, so that the lists before it are empty.
+    let mut operations = operations();
+    operations.sort_by_key(|(method, ..)| *method == Method::POST);
+    for stranger in [&admin, &stranger_tenant.api] {
+        for (method, template, operation) in &operations {
+            let id = operation["operationId"].as_str().unwrap();
+            let tries = attack(id, &victim)
+                .unwrap_or_else(|| panic!("{method} {template} ({id}) is not in the table of this test"));
+            for (path, body, expected) in tries {
+                try_one(stranger, method, &path, body, expected, &victim).await;
+            }
+        }
+        undo(stranger, &pool, &stranger_tenant.id).await;
+    }
+    assert_eq!(fingerprint(&pool, &victim.tenant.id).await, before, "nothing of the victim's changed");
+    let subscriptions: Vec<Vec<uuid::Uuid>> =
+        sqlx::query_scalar("SELECT subscriptions FROM events WHERE organization_id = $1::uuid")
+            .bind(&stranger_tenant.id)
+            .fetch_all(&pool)
+            .await
+            .unwrap();
+    assert!(subscriptions.iter().all(Vec::is_empty), "no foreign subscription matches");
+    bus.stop().await;
+}
+
+async fn try_one(
+    stranger: &Caller,
+    method: &Method,
+    path: &str,
+    body: Option<Value>,
+    expected: Expected,
+    victim: &Victim,
+) {
+    let reply = stranger.send(method.clone(), path, body).await;
+    let at = format!("{method} {path}: {} {:#}", reply.status, reply.body);
+    // An ordinary key may not even ask.
+    let not_admin = stranger.get("/v1/admin/organizations/none").await.status == 403;
+    match expected {
+        NotFound if not_admin && path.starts_with("/v1/admin/") => {
+            problem(&reply, 403, "forbidden");
+        }
+        NotFound => {
+            problem(&reply, 404, "not-found");
+        }
+        Forbidden => {
+            problem(&reply, 403, "forbidden");
+        }
+        EmptyList => {
+            assert_eq!(reply.status, 200, "{at}");
+            assert_eq!(reply.body, json!({ "items": [] }), "{at}");
+        }
+        NoSuchId(pointer) => assert_eq!(pointers(&reply), [pointer], "{at}"),
+        Own(status) => {
+            assert_eq!(reply.status, status, "{at}");
+            assert_eq!(reply.body.get("duplicate"), None, "{at}");
+        }
+    }
+    let text = reply.body.to_string();
+    for id in [
+        &victim.connection,
+        &victim.publisher,
+        &victim.subscription,
+        &victim.key,
+        &victim.event,
+        &victim.tenant.id,
+    ] {
+        assert!(!text.contains(id.as_str()), "{at}");
+    }
+}
+
+/// Gives the victim one of everything.
+async fn furnish(bus: &Bus) -> Victim {
+    let tenant = bus.tenant("victim").await;
+    let (connection, publisher) = (tenant.webhook("hook").await, tenant.publisher("shop").await);
+    let subscription = tenant.subscription(&connection, "order.*").await;
+    let event =
+        json!({ "type": "order.created", "source": "/victim", "id": "secret-id", "data": { "total": 500 } });
+    let event = tenant.api.post("/v1/events", event).await.expect(202).text("/uid").to_owned();
+    let key = bus.admin.all(&tenant.keys(), 1).await[0]["id"].as_str().unwrap().to_owned();
+    Victim { tenant, connection, publisher, subscription, key, event }
+}
+
+/// Removes what the stranger made, for the next round.
+async fn undo(stranger: &Caller, pool: &PgPool, organization: &str) {
+    for connection in stranger.all("/v1/connections", 50).await {
+        stranger.delete(&format!("/v1/connections/{}", connection["id"].as_str().unwrap())).await.is(204);
+    }
+    for table in ["events", "event_keys"] {
+        let statement = format!("DELETE FROM {table} WHERE organization_id = $1::uuid");
+        sqlx::query(sqlx::AssertSqlSafe(statement)).bind(organization).execute(pool).await.unwrap();
+    }
+}
+
+/// A hash of everything that an organization has, table by table, and of the organization itself. The
+/// tables are taken from the catalogue, so that a new one is covered at once.
+async fn fingerprint(pool: &PgPool, organization: &str) -> BTreeMap<String, String> {
+    let tables: Vec<String> = sqlx::query_scalar(
+        "SELECT c.relname::text FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid
+          WHERE a.attname = 'organization_id' AND c.relkind IN ('r', 'p') AND NOT c.relispartition
+            AND c.relnamespace = 'public'::regnamespace",
+    )
+    .fetch_all(pool)
+    .await
+    .unwrap();
+    let mut hashes = BTreeMap::new();
+    let owned = tables.into_iter().map(|table| (table, "organization_id"));
+    for (table, column) in owned.chain([("organizations".to_owned(), "id")]) {
+        let statement = format!(
+            "SELECT md5(coalesce(string_agg(t::text, E'\\n' ORDER BY t::text), '')) FROM {table} t WHERE {column} = $1::uuid"
+        );
+        let hash = sqlx::query_scalar(sqlx::AssertSqlSafe(statement))
+            .bind(organization)
+            .fetch_one(pool)
+            .await
+            .unwrap();
+        hashes.insert(table, hash);
+    }
+    hashes
+}
