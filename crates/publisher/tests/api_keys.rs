@@ -238,3 +238,39 @@ async fn a_bound_key_sees_its_own_connection_only() {
     problem(&bound.post("/v1/events", json!({ "type": "a", "data": 1 })).await, 401, "unauthorized");
     bus.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_secret_reaches_the_log() {
+    let bus = Bus::start_with(|options| options.env("EVENT_BUS_TELEMETRY__FILTER", "debug")).await;
+    let tenant = bus.tenant("acme").await;
+    let key = bus.admin.post(&tenant.keys(), json!({ "name": "a", "scopes": ["read"] })).await.expect(201);
+    let new = json!({
+        "name": "hook", "kind": "webhook", "url": format!("{URL}?token=url-secret"),
+        "headers": { "authorization": "Bearer header-secret" },
+    });
+    let created = tenant.api.post("/v1/connections", new).await.expect(201);
+    let path = format!("/v1/connections/{}", created.id());
+    let rotated = tenant.api.patch(&path, json!({ "secret": null })).await.expect(200);
+    tenant.api.post("/v1/events", json!({ "type": "t", "data": "payload-secret" })).await.is(202);
+    tenant.api.get("/v1/events?source=query-secret").await.is(200);
+    let wrong =
+        json!({ "name": "hook", "kind": "webhook", "url": "nope url-secret", "secret": "wrong-secret" });
+    tenant.api.post("/v1/connections", wrong).await.is(422);
+    let log = bus.stack.all_logs();
+    assert!(log.contains("Request answered"), "{log}");
+    let secrets = [
+        key.text("/key"),
+        created.text("/secret"),
+        rotated.text("/secret"),
+        bus.stack.admin_token(),
+        "url-secret",
+        "header-secret",
+        "payload-secret",
+        "query-secret",
+        "wrong-secret",
+    ];
+    for secret in secrets {
+        assert!(!log.contains(secret), "{secret} is in the log:\n{log}");
+    }
+    bus.stop().await;
+}

@@ -51,8 +51,9 @@ async fn everything_that_goes_wrong_is_a_problem() {
         let body = vec![b' '; size];
         let request = |caller: &Caller| caller.0.request(Method::POST, "/v1/events").body(body.clone());
         problem(&anonymous.raw(Method::POST, "/v1/events", request(&anonymous)).await, 401, "unauthorized");
-        let refused = api.raw(Method::POST, "/v1/nothing", request(api).header("x-n", size)).await;
-        assert_eq!(refused.status, if size > 8 << 20 { 413 } else { 400 });
+        let refused = api.raw(Method::POST, "/v1/events", request(api)).await;
+        let (status, slug) = if size > 8 << 20 { (413, "too-large") } else { (400, "malformed-event") };
+        problem(&refused, status, slug);
         let unrouted = api.0.request(Method::POST, "/v1/nothing").body(body.clone());
         problem(&api.raw(Method::POST, "/v1/nothing", unrouted).await, 404, "not-found");
     }
@@ -95,7 +96,11 @@ async fn request_ids_are_echoed_or_made() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_database_the_answer_is_503_with_a_time_to_come_back() {
     use devkit::{servers::Durability, stack::ServerChoice};
-    let mut bus = Bus::start_with(|options| options.servers(ServerChoice::Own(Durability::Fast))).await;
+    let mut bus = Bus::start_with(|options| {
+        let options = options.servers(ServerChoice::Own(Durability::Fast));
+        options.env("EVENT_BUS_POSTGRES__ACQUIRE_TIMEOUT_MS", 500)
+    })
+    .await;
     let tenant = bus.tenant("acme").await;
     let published = tenant.api.post("/v1/events", json!({ "type": "a", "data": 1 })).await;
     published.is(202);
@@ -107,4 +112,23 @@ async fn without_a_database_the_answer_is_503_with_a_time_to_come_back() {
         let detail = refused["detail"].as_str().unwrap();
         assert!(!detail.contains("sql") && !detail.contains("connection refused"), "{detail}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_are_counted_by_route_and_not_by_path() {
+    let mut bus = Bus::start().await;
+    let tenant = bus.tenant("acme").await;
+    problem(&tenant.api.get("/v1/connections/one").await, 404, "not-found");
+    problem(&tenant.api.get("/v1/connections/two").await, 404, "not-found");
+    problem(&tenant.api.get("/somewhere").await, 404, "not-found");
+    let url = format!("{}/metrics", bus.stack.publisher(0).admin_url());
+    let metrics = reqwest::get(url).await.unwrap().text().await.unwrap();
+    for line in [
+        r#"bus_http_requests{method="GET",route="/v1/connections/{id}",status="404"} 2"#,
+        r#"bus_http_requests{method="GET",route="other",status="404"} 1"#,
+        r#"bus_http_request_duration_seconds_count{method="GET",route="/v1/connections/{id}"} 2"#,
+    ] {
+        assert!(metrics.lines().any(|found| found == line), "{line} is not in\n{metrics}");
+    }
+    bus.stop().await;
 }

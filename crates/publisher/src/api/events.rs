@@ -244,7 +244,8 @@ async fn not_published(api: &Api, access: PublishAccess, refused: PublishError) 
         PublishError::Busy { retry_after } => {
             Problem::overloaded("too many events wait for their commit; nothing was published", retry_after)
         }
-        PublishError::Store(cause) => Problem::store(cause),
+        // The committer has logged it, once for all requests that failed together.
+        PublishError::Store(cause) => Problem { cause: None, ..Problem::store(cause) },
     }
 }
 

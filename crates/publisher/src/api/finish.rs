@@ -145,6 +145,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_panic_is_an_internal_problem_that_says_nothing_of_it() {
+        for panic in [Box::new("secret") as Box<dyn Any + Send>, Box::new("secret".to_owned()), Box::new(7)] {
+            let response = panicked(panic);
+            let problem = response.extensions().get::<Problem>().expect("a problem");
+            assert_eq!(problem.kind, ProblemType::Internal);
+            assert!(!format!("{problem:?}").contains("secret"));
+        }
+    }
+
+    #[test]
     fn only_short_harmless_request_ids_are_taken() {
         let id = |text: &str| {
             let headers = [(REQUEST_ID, HeaderValue::from_str(text).expect("a header value"))];
