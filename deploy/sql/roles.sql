@@ -31,7 +31,7 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON delivery_queue TO bus_worker;
 
 GRANT SELECT ON events TO bus_scheduler;
 GRANT SELECT, UPDATE, DELETE ON parked_deliveries TO bus_scheduler;
-GRANT SELECT, INSERT ON delivery_queue TO bus_scheduler;
+GRANT SELECT, INSERT ON delivery_queue, dead_letters TO bus_scheduler;
 
 GRANT SELECT, INSERT ON delivery_attempts TO bus_archiver;
 -- UPDATE is what SELECT … FOR UPDATE asks for.

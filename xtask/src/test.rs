@@ -29,7 +29,8 @@ const FAULT_POINTS: [&str; 2] = ["--features", "publisher/fault-points"];
 /// Run the whole gate, or with arguments only the tests that they select.
 #[derive(Debug, Args)]
 pub struct Test {
-    /// Passed to `cargo nextest run` (or `cargo test` where nextest is not installed)
+    /// Passed to `cargo nextest run --workspace` (`cargo test` where nextest is not installed): part of a
+    /// name, or `-E 'package(devkit)'`
     #[arg(last = true)]
     filter: Vec<String>,
 }

@@ -64,6 +64,8 @@ struct Parsed {
     text: String,
     query: Query,
     slots: Slots,
+    /// The size of its regular expressions' automata, bytes.
+    automata: usize,
 }
 
 /// Why a text is no filter.
@@ -88,9 +90,9 @@ impl PayloadFilter {
                 message: format!("a filter has at most {MAX_FILTER_CHARS} characters"),
             });
         }
-        let (query, slots) = parser::parse(text)?;
+        let (query, slots, automata) = parser::parse(text)?;
         cost::check(&query)?;
-        Ok(Self(Arc::new(Parsed { text: text.to_owned(), query, slots })))
+        Ok(Self(Arc::new(Parsed { text: text.to_owned(), query, slots, automata })))
     }
 
     /// Whether the filter selects at least one node of `payload`.
@@ -109,6 +111,12 @@ impl PayloadFilter {
                 Continue(())
             });
         nodes
+    }
+
+    /// About how much memory the filter takes, bytes: for whoever keeps many of them within a bound.
+    pub fn memory_bytes(&self) -> usize {
+        // A parsed query is at most a few dozen bytes for each character of its text.
+        size_of::<Parsed>() + self.0.text.len() * 32 + self.0.automata
     }
 
     /// The filter as it was written.

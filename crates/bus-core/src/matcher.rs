@@ -133,14 +133,14 @@ impl Snapshot {
         self.by_id.get(&subscription).map(|index| &self.candidates[*index])
     }
 
-    /// How many subscriptions there are.
-    pub fn len(&self) -> usize {
-        self.candidates.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.candidates.is_empty()
+    /// About how much memory the snapshot takes, bytes: for whoever keeps many of them within a bound.
+    pub fn memory_bytes(&self) -> usize {
+        /// For a candidate's places in the indexes.
+        const INDEXED: usize = 128;
+        let filters = self.candidates.iter().filter_map(|candidate| candidate.filter.as_ref());
+        size_of::<Self>()
+            + self.candidates.len() * (size_of::<Candidate>() + INDEXED)
+            + filters.map(PayloadFilter::memory_bytes).sum::<usize>()
     }
 }
 

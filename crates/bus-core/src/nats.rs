@@ -121,7 +121,7 @@ impl Nats {
                         // Authorization errors and the like: without this line a wrong password would
                         // look like a broker that is away.
                         Event::ServerError(_) | Event::ClientError(_) => {
-                            warn!(problem = %event, "NATS refuses")
+                            warn!(problem = %event, "NATS refuses");
                         }
                         other => debug!(event = %other, "NATS event"),
                     }

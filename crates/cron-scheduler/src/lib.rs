@@ -9,7 +9,7 @@ use bus_core::{
     config::{Common, RoleConfig},
     ids::DeliveryId,
     launcher::{BoxError, Ctx, Heartbeat, Role},
-    pg,
+    pg::{self, DeadLetter},
     queue::{DeliveryQueue, Enqueue, QueueError},
     supervise,
     telemetry::Chain,
@@ -100,10 +100,18 @@ async fn return_once(pool: &PgPool, queue: &dyn DeliveryQueue) -> Result<Duratio
         let next = next.map_or(IDLE, |seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(IDLE));
         return Ok(next.clamp(SHORTEST, IDLE));
     }
-    let deliveries: Vec<Enqueue> = due
-        .iter()
-        .map(|due| Enqueue { key: due.key, attempts: due.attempts, body: due.body.clone() })
-        .collect();
+    let mut deliveries = Vec::with_capacity(due.len());
+    for due in &due {
+        match &due.body {
+            Some(body) => {
+                deliveries.push(Enqueue { key: due.key, attempts: due.attempts, body: body.clone() });
+            }
+            None => {
+                let expired = DeadLetter::new(due.key, due.attempts, "event_expired");
+                pg::insert_dead_letter(pool, &expired).await?;
+            }
+        }
+    }
     queue.enqueue(&deliveries).await?;
     let back: Vec<(DeliveryId, u32)> = due.iter().map(|due| (due.key.id, due.attempts)).collect();
     pg::unpark(pool, &back).await?;

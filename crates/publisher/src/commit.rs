@@ -29,6 +29,9 @@ use crate::{
 /// Requests are put together up to this many bytes of events.
 const MAX_GROUP_BYTES: usize = 8 * 1024 * 1024;
 
+/// Rows of one statement that fills the queue of the Postgres backend.
+const MAX_QUEUED: usize = 5_000;
+
 /// A transaction that the database broke off for another one's sake is tried this often in all.
 const TRIES: u32 = 3;
 
@@ -190,11 +193,17 @@ impl Committer {
             return Ok(None);
         }
         if let Some((prefix, lanes)) = &self.queue_in_database {
+            let mut keys = Vec::with_capacity(MAX_QUEUED);
             for event in &events {
-                let mut keys = Vec::with_capacity(event.targets.len());
-                keys.extend(event.targets.iter().map(|target| (event.delivery(target), 0)));
-                pg::insert_queued(transaction, &keys, *lanes).await?;
+                for target in &event.targets {
+                    keys.push((event.delivery(target), 0));
+                    if keys.len() == MAX_QUEUED {
+                        pg::insert_queued(transaction, &keys, *lanes).await?;
+                        keys.clear();
+                    }
+                }
             }
+            pg::insert_queued(transaction, &keys, *lanes).await?;
             pg::notify_enqueued(transaction, prefix).await?;
             return Ok(None);
         }

@@ -10,8 +10,9 @@ use bus_core::{
 use moka::sync::Cache;
 use sqlx::{PgConnection, PgPool};
 
-/// The most subscriptions that are kept, all organizations together; about 500 bytes each.
-const CAPACITY: u64 = 1_000_000;
+/// The most memory that is kept, bytes, all organizations together. A subscription takes about 500 bytes, and
+/// one whose filter has regular expressions up to 1 MiB.
+const CAPACITY: u64 = 512 * 1024 * 1024;
 
 /// A cache of [`Snapshot`]s. It never decides how fresh is fresh enough: whoever asks says so.
 #[derive(Debug, Clone)]
@@ -25,9 +26,7 @@ impl Snapshots {
     pub fn new(pool: PgPool) -> Self {
         let cache = Cache::builder()
             .max_capacity(CAPACITY)
-            .weigher(|_, snapshot: &Arc<Snapshot>| {
-                u32::try_from(snapshot.len()).unwrap_or(u32::MAX).saturating_add(1)
-            })
+            .weigher(|_, snapshot: &Arc<Snapshot>| u32::try_from(snapshot.memory_bytes()).unwrap_or(u32::MAX))
             .build();
         Self { pool, cache }
     }

@@ -51,8 +51,8 @@ impl Load {
     fn start(tenants: &[Tenant]) -> Self {
         let (accepted, stop) = (Arc::<Mutex<BTreeSet<String>>>::default(), Arc::<AtomicBool>::default());
         let mut tasks = JoinSet::new();
-        for tenant in tenants.iter().cycle().take(4).cloned() {
-            let (accepted, stop) = (accepted.clone(), stop.clone());
+        for tenant in tenants.iter().cycle().take(4) {
+            let (tenant, accepted, stop) = (tenant.clone(), accepted.clone(), stop.clone());
             tasks.spawn(async move {
                 for n in 0.. {
                     if stop.load(Ordering::Relaxed) {
@@ -104,6 +104,12 @@ async fn i1_a_publisher_that_dies_between_commit_and_fan_out() {
     for n in 0..4 {
         accepted.insert(doomed.publish_number("load.test", n).await.unwrap());
     }
+    let log = stack.publisher(second).log_text().unwrap();
+    let stops = log.matches("Stopped at a fault point").count();
+    assert_eq!(
+        stops, 4,
+        "the publisher must be built with --features publisher/fault-points, as `cargo xtask test` does"
+    );
     assert_eq!(receiver.total(), 0, "nothing was fanned out");
     stack.publisher(second).sigkill().await.unwrap();
     let repeats = all_arrived(&receiver, &PATHS, &accepted).await;

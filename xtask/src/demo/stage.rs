@@ -255,7 +255,7 @@ impl Stage {
             let left = self.crashed.map_or(0, |crashed| {
                 Duration::from_millis(ACK_WAIT_MS).saturating_sub(crashed.elapsed()).as_secs()
             });
-            progress.wait_for(format!("{waiting} unacknowledged by the dead worker, {left} s to go"));
+            progress.wait_for(format!("{waiting} without an acknowledgement, handed over in {left} s"));
             progress.delivered(self.arrived());
             if waiting == 0 {
                 return Ok(());

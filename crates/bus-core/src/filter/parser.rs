@@ -9,8 +9,8 @@ use super::{
     regexp::Regexp,
 };
 
-/// Reads a whole filter.
-pub(super) fn parse(text: &str) -> Result<(Query, Slots), FilterError> {
+/// Reads a whole filter; the last value is the size of its automata, bytes.
+pub(super) fn parse(text: &str) -> Result<(Query, Slots, usize), FilterError> {
     let mut parser = Parser {
         lexer: Lexer::new(text),
         depth: 0,
@@ -23,7 +23,7 @@ pub(super) fn parse(text: &str) -> Result<(Query, Slots), FilterError> {
     }
     let query = parser.query()?;
     match parser.lexer.peek() {
-        None => Ok((query, parser.slots)),
+        None => Ok((query, parser.slots, LITERAL_REGEXPS_BYTES - parser.regexp_bytes)),
         Some(' ' | '\t' | '\n' | '\r') => parser.lexer.error("blanks at the end are not allowed"),
         Some(_) => {
             parser.lexer.error(format!("expected `.`, `[` or the end, found {}", parser.lexer.found()))

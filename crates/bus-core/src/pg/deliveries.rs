@@ -31,8 +31,8 @@ pub struct Due {
     pub key: DeliveryKey,
     /// Attempts made so far.
     pub attempts: u32,
-    /// The event's bytes.
-    pub body: Bytes,
+    /// The event's bytes; `None` if it has expired meanwhile.
+    pub body: Option<Bytes>,
 }
 
 /// A delivery that is given up.
@@ -100,10 +100,10 @@ pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due
              FOR UPDATE SKIP LOCKED
          )
          UPDATE parked_deliveries p SET lease_until = now() + make_interval(secs => $2)
-         FROM due, events e
-         WHERE p.delivery_id = due.delivery_id AND e.uid = p.event_uid
+         FROM due
+         WHERE p.delivery_id = due.delivery_id
          RETURNING p.delivery_id, p.event_uid, p.organization_id, p.subscription_id, p.connection_id,
-                   p.connection_version, p.attempts, e.body",
+                   p.connection_version, p.attempts, (SELECT e.body FROM events e WHERE e.uid = p.event_uid) AS body",
     )
     .bind(i64::from(limit))
     .bind(seconds(lease_s))
@@ -124,7 +124,7 @@ fn due(row: &sqlx::postgres::PgRow) -> Result<Due, sqlx::Error> {
             connection_version: row.try_get("connection_version")?,
         },
         attempts: u32::try_from(row.try_get::<i32, _>("attempts")?).unwrap_or(0),
-        body: row.try_get::<Vec<u8>, _>("body")?.into(),
+        body: row.try_get::<Option<Vec<u8>>, _>("body")?.map(Bytes::from),
     })
 }
 

@@ -252,12 +252,16 @@ pub fn enqueued_channel(prefix: &str) -> String {
     format!("{prefix}_enqueued")
 }
 
-/// Puts deliveries into the queue table of the Postgres backend. Those that are there already stay.
+/// Puts deliveries into the queue table of the Postgres backend. Those that are there already stay. None
+/// is fine.
 pub async fn insert_queued(
     connection: &mut PgConnection,
     deliveries: &[(DeliveryKey, u32)],
     lanes: u16,
 ) -> Result<(), StoreError> {
+    if deliveries.is_empty() {
+        return Ok(());
+    }
     let each = |f: fn(&DeliveryKey) -> Uuid| deliveries.iter().map(|(key, _)| f(key)).collect::<Vec<_>>();
     let lane = |key: &DeliveryKey| i16::try_from(key.organization.lane(lanes)).unwrap_or(i16::MAX);
     sqlx::query(
