@@ -50,6 +50,8 @@ pub(crate) struct State {
     pub(crate) nats: Option<ProcessId>,
     pub(crate) postgres: Option<ProcessId>,
     pub(crate) roles: Vec<RoleState>,
+    /// Whether `up` came to its end.
+    pub(crate) complete: bool,
 }
 
 /// Ports that were used, to be used again if they are free: a shell that has read the `env` file of the

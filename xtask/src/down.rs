@@ -16,6 +16,7 @@ pub struct Down {
 impl Down {
     pub(crate) async fn run(self) -> Result<()> {
         let dev = Dev::open()?;
+        let external = dev.state()?.is_some_and(|state| state.settings.external);
         let step = ui::Step::begin("Stopping");
         let any = dev.stop().await?;
         if self.wipe {
@@ -25,6 +26,7 @@ impl Down {
         ui::line(match (any, self.wipe) {
             (true, false) => "  The bus is down; its data stays (remove it with `cargo xtask down --wipe`).",
             (false, false) => "  Nothing was running.",
+            (_, true) if external => "  The bus is down; what it wrote to the external servers stays there.",
             (_, true) => "  The bus is down, and its data is gone.",
         });
         Ok(())

@@ -78,11 +78,10 @@ impl Up {
         if dev.stop().await? {
             ui::line("  Stopped what was left of an earlier run.");
         }
-        let step = Step::begin("Building the binaries");
+        ui::line("  Building the binaries");
         let bin_dir = build_binaries(self.release)?;
-        step.done();
 
-        let mut state = State { settings, nats: None, postgres: None, roles: Vec::new() };
+        let mut state = State { settings, nats: None, postgres: None, roles: Vec::new(), complete: false };
         let started = tokio::select! {
             started = self.start(&dev, &mut state, &bin_dir) => started,
             _ = tokio::signal::ctrl_c() => bail_interrupted(),
@@ -118,7 +117,9 @@ impl Up {
         dev.save_ports(&ports)?;
 
         let organization = ensure_organization(dev, &mut secrets, &connections, &http_url).await?;
-        write_env(dev, &http_url, &secrets, &organization, &connections)
+        write_env(dev, &http_url, &secrets, &organization, &connections)?;
+        state.complete = true;
+        dev.save_state(state)
     }
 
     async fn start_servers(

@@ -11,10 +11,6 @@ use crate::{
     signature::SigningSecret,
 };
 
-/// The longest exchange with an endpoint that a connection may ask for. The table's CHECK repeats it, and
-/// the worker's deadlines are checked against it when it starts.
-pub const MAX_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// How an event is laid out in a webhook request (CloudEvents HTTP binding §3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

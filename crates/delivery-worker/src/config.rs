@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use bus_core::{
     config::{Common, RoleConfig},
-    connection::MAX_TIMEOUT,
     retry::RetryPolicy,
 };
 use serde::Deserialize;
@@ -12,7 +11,7 @@ use serde::Deserialize;
 use crate::webhook::SinkConfig;
 
 /// From the end of an attempt to its acknowledgement at the latest.
-const ACK_MARGIN: Duration = Duration::from_secs(10);
+const ACK_MARGIN: Duration = Duration::from_secs(5);
 
 /// The worker's own configuration. `defaults.toml` beside `src/` is the reference.
 #[derive(Debug, Clone, Deserialize)]
@@ -46,18 +45,18 @@ impl RoleConfig for WorkerConfig {
     const DEFAULTS: &'static str = include_str!("../defaults.toml");
 
     fn problem(&self, common: &Common) -> Option<String> {
-        let timeout = MAX_TIMEOUT;
+        let timeout = self.sink.max_timeout();
         let ack_wait = Duration::from_millis(common.nats.ack_wait_ms);
         if timeout + ACK_MARGIN >= ack_wait {
             return Some(format!(
-                "nats.ack_wait_ms ({ack_wait:?}) must exceed the longest timeout of a connection ({timeout:?}) by more than \
+                "nats.ack_wait_ms ({ack_wait:?}) must exceed sink.max_timeout_ms ({timeout:?}) by more than \
                  {ACK_MARGIN:?}, or slow deliveries are repeated"
             ));
         }
         let drain = Duration::from_millis(common.shutdown.drain_ms);
         if timeout + crate::lane::PULL_WAIT >= drain {
             return Some(format!(
-                "shutdown.drain_ms ({drain:?}) must exceed the longest timeout of a connection ({timeout:?}) by more than {:?}, \
+                "shutdown.drain_ms ({drain:?}) must exceed sink.max_timeout_ms ({timeout:?}) by more than {:?}, \
                  or a drain cuts deliveries off",
                 crate::lane::PULL_WAIT
             ));
@@ -82,8 +81,9 @@ mod tests {
 
     #[rstest]
     #[case::defaults("EVENT_BUS_LANES", "4", None)]
-    #[case::ack_wait("EVENT_BUS_NATS__ACK_WAIT_MS", "40000", Some("nats.ack_wait_ms"))]
+    #[case::ack_wait("EVENT_BUS_NATS__ACK_WAIT_MS", "35000", Some("nats.ack_wait_ms"))]
     #[case::drain("EVENT_BUS_SHUTDOWN__DRAIN_MS", "30000", Some("shutdown.drain_ms"))]
+    #[case::timeout("EVENT_BUS_SINK__MAX_TIMEOUT_MS", "60000", Some("sink.max_timeout_ms"))]
     #[case::in_flight("EVENT_BUS_WORKER__IN_FLIGHT", "3", Some("worker.in_flight"))]
     #[case::retry("EVENT_BUS_WORKER__RETRY__FACTOR", "0.5", Some("worker.retry.factor"))]
     #[case::unknown("EVENT_BUS_WORKER__IN_FLIHGT", "3", Some("in_flihgt"))]

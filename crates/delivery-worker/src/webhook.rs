@@ -27,7 +27,7 @@ use bus_core::{
     delivery::Delivery,
     signature::{self, SigningSecret, WEBHOOK_ID, WEBHOOK_SIGNATURE, WEBHOOK_TIMESTAMP},
     sink::{AttemptReport, Failure, MAX_KEPT_ANSWER, Outcome, Sink},
-    webhook_rules::forbidden_header,
+    webhook_rules::{MAX_TIMEOUT, MIN_TIMEOUT, forbidden_header},
 };
 use bytes::{Bytes, BytesMut};
 use http::{
@@ -65,6 +65,8 @@ const MAX_CAUSE: usize = 200;
 pub struct SinkConfig {
     /// Networks that may be called although they are not public. Empty by default.
     pub allow_cidrs: Vec<IpNet>,
+    /// The longest exchange, whatever a connection asks for, milliseconds, 1,000–30,000.
+    pub max_timeout_ms: u64,
     /// The most of an answer's body that is read, bytes; then the connection is closed. 1 B–1 MiB.
     pub max_answer_bytes: usize,
     /// The most idle connections that are kept open to one host and port, 0–1024.
@@ -84,6 +86,7 @@ impl Default for SinkConfig {
     fn default() -> Self {
         Self {
             allow_cidrs: Vec::new(),
+            max_timeout_ms: 30_000,
             max_answer_bytes: 64 * 1024,
             idle_per_host: 64,
             idle_timeout_ms: 15_000,
@@ -94,8 +97,16 @@ impl Default for SinkConfig {
 }
 
 impl SinkConfig {
+    /// The longest exchange.
+    pub fn max_timeout(&self) -> Duration {
+        Duration::from_millis(self.max_timeout_ms)
+    }
+
     /// The first value that is out of range, as a sentence.
     pub fn problem(&self) -> Option<String> {
+        if !(MIN_TIMEOUT..=MAX_TIMEOUT).contains(&self.max_timeout()) {
+            return Some("sink.max_timeout_ms must be between 1000 and 30000".into());
+        }
         if !(1..=1024 * 1024).contains(&self.max_answer_bytes) {
             return Some("sink.max_answer_bytes must be between 1 and 1048576".into());
         }
@@ -156,6 +167,7 @@ pub enum SinkError {
 #[derive(Debug, Clone)]
 pub struct WebhookSink {
     client: Client<Connector, Full<Bytes>>,
+    max_timeout: Duration,
     max_answer_bytes: usize,
     user_agent: HeaderValue,
 }
@@ -179,7 +191,12 @@ impl WebhookSink {
             .build(Connector::new(policy, tls(config.ca_file.as_deref())?));
         let user_agent = HeaderValue::from_str(&config.user_agent)
             .map_err(|error| SinkError::Config(error.to_string()))?;
-        Ok(Self { client, max_answer_bytes: config.max_answer_bytes, user_agent })
+        Ok(Self {
+            client,
+            max_timeout: config.max_timeout(),
+            max_answer_bytes: config.max_answer_bytes,
+            user_agent,
+        })
     }
 
     fn request(
@@ -243,12 +260,13 @@ impl WebhookSink {
             Ok(request) => request,
             Err(failure) => return (Outcome::Failed(failure), answer),
         };
-        let ended = tokio::time::timeout(webhook.timeout, self.exchange(request, &mut answer)).await;
+        let limit = webhook.timeout.min(self.max_timeout);
+        let ended = tokio::time::timeout(limit, self.exchange(request, &mut answer)).await;
         let outcome = match (answer.status, ended) {
             (Some(status), _) if !(200..300).contains(&status) => Outcome::Failed(Failure::Status(status)),
             (_, Ok(Ok(()))) => Outcome::Delivered,
             (_, Ok(Err(failure))) => Outcome::Failed(failure),
-            (_, Err(_)) => Outcome::Failed(Failure::Timeout(webhook.timeout)),
+            (_, Err(_)) => Outcome::Failed(Failure::Timeout(limit)),
         };
         (outcome, answer)
     }

@@ -4,13 +4,14 @@
 
 use std::{
     io::{BufRead, BufReader},
+    os::unix::process::CommandExt,
     process::{Command, Stdio},
     time::Duration,
 };
 
 use async_nats::jetstream;
 use devkit::{
-    process::{ProcessId, children_of},
+    process::{ProcessId, User, children_of},
     servers::{Durability, NatsServer, PostgresServer, Tools, connect_nats},
     wait_until,
 };
@@ -87,6 +88,30 @@ async fn postgres_keeps_its_rows_and_its_port_when_it_is_killed() {
     assert_eq!(durable, "on");
     server.stop().await.unwrap();
     server.restart().await.unwrap();
+}
+
+#[tokio::test]
+async fn postgres_starts_although_another_process_has_the_number_of_the_crashed_one() {
+    let tools = Tools::locate().unwrap();
+    let mut server = PostgresServer::private(&tools, Durability::Fast).await.unwrap();
+    server.kill().await.unwrap();
+    let lock_file = server.data_dir().join("postmaster.pid");
+    let text = std::fs::read_to_string(&lock_file).unwrap();
+    let (_, rest) = text.split_once('\n').unwrap();
+    // A process of the same user: Postgres could not tell it from itself.
+    let mut other = Command::new("sleep");
+    if devkit::paths::is_root() {
+        let nobody = User::nobody().unwrap();
+        other.uid(nobody.uid).gid(nobody.gid);
+    }
+    let mut other = other.arg("60").spawn().unwrap();
+    std::fs::write(&lock_file, format!("{}\n{rest}", other.id())).unwrap();
+
+    let restarted = server.restart().await;
+
+    other.kill().unwrap();
+    other.wait().unwrap();
+    restarted.unwrap();
 }
 
 #[tokio::test]

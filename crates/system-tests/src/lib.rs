@@ -10,12 +10,14 @@ use devkit::{client::ApiClient, receiver::Receiver, stack::Stack, wait_until};
 use serde_json::{Value, json};
 
 /// Within this time everything that was accepted has arrived, whatever died meanwhile: longer than a lost
-/// message takes to be given out again (`ack_wait`, shortened by the tests to [`ACK_WAIT_MS`]) and a dead
-/// publisher's outbox row to be taken over.
+/// message takes to be given out again and a dead publisher's outbox row to be taken over.
 pub const ARRIVAL: Duration = Duration::from_secs(120);
 
-/// The shortest `nats.ack_wait_ms` that the workers accept, so that crash tests are short.
-pub const ACK_WAIT_MS: u64 = 41_000;
+/// `sink.max_timeout_ms` and the shortest `nats.ack_wait_ms` that goes with it, so that what a dead worker
+/// held comes again soon.
+pub const QUICK_TIMEOUT_MS: u64 = 2_000;
+/// See [`QUICK_TIMEOUT_MS`].
+pub const QUICK_ACK_WAIT_MS: u64 = 7_500;
 
 /// An organization with a key of all scopes.
 #[derive(Debug, Clone)]

@@ -18,7 +18,7 @@ use devkit::{
     stack::{Backend, ServerChoice, Stack, StackOptions},
     wait_until,
 };
-use system_tests::{ACK_WAIT_MS, Tenant, all_arrived};
+use system_tests::{QUICK_ACK_WAIT_MS, QUICK_TIMEOUT_MS, Tenant, all_arrived};
 use tokio::task::JoinSet;
 
 const PATHS: [&str; 2] = ["/a", "/b"];
@@ -27,7 +27,8 @@ const DEADLINE: Duration = Duration::from_secs(60);
 fn durable() -> StackOptions {
     StackOptions::default()
         .servers(ServerChoice::Own(Durability::Full))
-        .env("EVENT_BUS_NATS__ACK_WAIT_MS", ACK_WAIT_MS)
+        .role_env(Role::DeliveryWorker, "EVENT_BUS_SINK__MAX_TIMEOUT_MS", QUICK_TIMEOUT_MS)
+        .env("EVENT_BUS_NATS__ACK_WAIT_MS", QUICK_ACK_WAIT_MS)
 }
 
 async fn started(options: StackOptions) -> (Stack, Receiver, Tenant) {

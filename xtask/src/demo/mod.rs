@@ -77,9 +77,8 @@ impl Default for DemoOptions {
 
 impl Demo {
     pub(crate) async fn run(self) -> Result<()> {
-        let step = Step::begin("Building the binaries");
+        ui::line("  Building the binaries");
         let bin_dir = build_binaries(self.release)?;
-        step.done();
         let outcome = demo(&DemoOptions {
             backend: self.backend.into(),
             seed: self.seed,

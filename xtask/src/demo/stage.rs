@@ -32,9 +32,11 @@ use crate::ui::{BAD, STRONG, Step, line, paint};
 /// How many of each binary.
 const PUBLISHERS: usize = 2;
 const WORKERS: usize = 2;
+/// The longest exchange with a receiver; these answer at once.
+const MAX_TIMEOUT_MS: u64 = 1_000;
 /// The broker gives an unacknowledged delivery to another worker after this time: the shortest that the
 /// worker's configuration allows, so that nobody has to wait for the crash longer than need be.
-const ACK_WAIT_MS: u64 = 41_000;
+const ACK_WAIT_MS: u64 = 6_500;
 /// Between two requests, so that one can watch.
 const PACE: Duration = Duration::from_millis(10);
 /// Requests under way at a time.
@@ -145,6 +147,7 @@ impl Stage {
             .servers(ServerChoice::Own(Durability::Full))
             .replicas(Role::Publisher, PUBLISHERS)
             .replicas(Role::DeliveryWorker, WORKERS)
+            .role_env(Role::DeliveryWorker, "EVENT_BUS_SINK__MAX_TIMEOUT_MS", MAX_TIMEOUT_MS)
             .env("EVENT_BUS_NATS__ACK_WAIT_MS", ACK_WAIT_MS);
         stack_options.bin_dir.clone_from(&options.bin_dir);
         let mut stack = Stack::start(stack_options).await?;

@@ -15,7 +15,10 @@ use super::{Tools, free_port, is_port_free, tools::version};
 use crate::{
     paths::{self, RunDir},
     poll,
-    process::{Launch, Lifetime, Process, ProcessId, Signal, User, children_of, describe_exit},
+    process::{
+        Launch, Lifetime, Process, ProcessId, Signal, User, children_of, describe_exit,
+        processes_with_argument,
+    },
     random_token,
 };
 
@@ -29,6 +32,8 @@ const START: Duration = Duration::from_secs(60);
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long an orderly stop may take.
 const STOP: Duration = Duration::from_secs(30);
+/// A number that no process has: systems give much smaller ones.
+const NOBODY: i32 = i32::MAX - 1;
 /// How often a free port may be snatched before we give up.
 const PORT_ATTEMPTS: usize = 5;
 
@@ -121,6 +126,12 @@ impl PostgresServer {
     #[must_use]
     pub fn superuser_url(&self, database: &str) -> String {
         url(SUPERUSER, &self.options.password, self.port, database)
+    }
+
+    /// Where its data lies.
+    #[must_use]
+    pub fn data_dir(&self) -> PathBuf {
+        data(&self.options)
     }
 
     /// The process that all others of the server come from.
@@ -281,8 +292,25 @@ async fn launch_somewhere(options: &PostgresOptions, user: Option<User>) -> Resu
     Ok((launch(options, user, port).await?, port))
 }
 
+/// Makes the lock file of a server that is gone name nobody.
+///
+/// Postgres looks for a process of the number in it, and refuses to start if there is one: also a dead one
+/// that its parent has not noticed, as the first process of a container may never do, or another program
+/// that got the number since. The rest of the file stays, so that Postgres still finds out by the shared
+/// memory whether a part of the old server lives.
+fn release_lock_file(data: &Path) -> Result<()> {
+    let path = data.join("postmaster.pid");
+    let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
+    let (Some(data), Some((number, rest))) = (data.to_str(), text.split_once('\n')) else { return Ok(()) };
+    if processes_with_argument(data)?.iter().all(|process| process.pid.to_string() != number.trim()) {
+        fs::write(&path, format!("{NOBODY}\n{rest}")).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
 /// Starts it and waits until a client gets in.
 async fn launch(options: &PostgresOptions, user: Option<User>, port: u16) -> Result<Process> {
+    release_lock_file(&data(options))?;
     let mut launch = program(options, user, "postgres")
         .arg("-D")
         .arg(data(options))
