@@ -1,16 +1,8 @@
-//! What the bus sends, read by independent implementations: the Python packages `standardwebhooks` and
-//! `cloudevents`, at the versions and hashes of `independent/requirements.txt`.
-//!
-//! The packages are installed once, with pip, into `target/tools`. `independent/check.py` does the
-//! reading.
+//! What the bus renders, read by independent implementations: see [`devkit::independent`].
+
 #![allow(clippy::unwrap_used)]
 
-use std::{
-    collections::BTreeMap,
-    io::Write,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-};
+use std::collections::BTreeMap;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bus_core::{
@@ -19,78 +11,10 @@ use bus_core::{
     signature::{SigningSecret, sign},
 };
 use bytes::Bytes;
+use devkit::independent::verdicts;
 use http::{HeaderMap, HeaderValue, header::CONTENT_TYPE};
 use rand::SeedableRng;
 use serde_json::{Value, json, value::RawValue};
-use sha2::{Digest, Sha256};
-
-/// The folder with the packages, installed if this is the first run.
-fn packages(requirements: &Path) -> PathBuf {
-    let digest = Sha256::digest(std::fs::read(requirements).unwrap());
-    let hash: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    let tools = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap().join("tools");
-    let installed = tools.join(format!("python-{hash}"));
-    if installed.exists() {
-        return installed;
-    }
-    std::fs::create_dir_all(&tools).unwrap();
-    // Another process may be doing the same: whoever is first moves its folder into place.
-    let ours = tempfile::tempdir_in(&tools).unwrap();
-    let status = Command::new("python3")
-        .args([
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--root-user-action=ignore",
-            "--only-binary=:all:",
-        ])
-        .args(["--require-hashes", "--requirement"])
-        .arg(requirements)
-        .arg("--target")
-        .arg(ours.path())
-        .status()
-        .expect("start python3 -m pip");
-    assert!(status.success(), "pip could not install {}: {status}", requirements.display());
-    if std::fs::rename(ours.path(), &installed).is_ok() {
-        // It is no longer there to be removed.
-        let _moved = ours.keep();
-    }
-    assert!(installed.exists(), "{} could not be put into place", installed.display());
-    installed
-}
-
-/// The verdicts of `check.py`, one for each request.
-fn verdicts(requests: &[Value]) -> Vec<Value> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/independent");
-    let mut python = Command::new("python3")
-        .arg(folder.join("check.py"))
-        .env("PYTHONPATH", packages(&folder.join("requirements.txt")))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("start python3");
-    let mut lines = String::new();
-    for request in requests {
-        lines += &request.to_string();
-        lines.push('\n');
-    }
-    let mut stdin = python.stdin.take().unwrap();
-    let writer = std::thread::spawn(move || stdin.write_all(lines.as_bytes()));
-    let output = python.wait_with_output().unwrap();
-    writer.join().unwrap().unwrap();
-    assert!(output.status.success(), "check.py: {}", output.status);
-    let verdicts: Vec<Value> = output
-        .stdout
-        .split(|byte| *byte == b'\n')
-        .filter(|line| !line.is_empty())
-        .map(|line| serde_json::from_slice(line).unwrap())
-        .collect();
-    assert_eq!(verdicts.len(), requests.len());
-    verdicts
-}
 
 fn request(mode: &str, secret: Option<&SigningSecret>, headers: &HeaderMap, body: &Bytes) -> Value {
     let headers: BTreeMap<&str, &str> =
@@ -226,7 +150,7 @@ fn independent_implementations_verify_and_parse_what_we_render() {
     let found: Vec<_> = all.into_iter().map(|(_, found)| found).collect();
     expected.push(json!({"signature": "valid", "events": found, "error": null}));
 
-    for ((request, expected), verdict) in requests.iter().zip(&expected).zip(verdicts(&requests)) {
+    for ((request, expected), verdict) in requests.iter().zip(&expected).zip(verdicts(&requests).unwrap()) {
         assert_eq!(&verdict, expected, "{request}");
     }
 }
@@ -248,7 +172,7 @@ fn independent_implementations_refuse_what_was_tampered_with() {
         request("structured", Some(&ours), &headers(&ours, now - 600), &body),
         request("binary", None, &headers(&ours, now), &body),
     ];
-    let verdicts = verdicts(&requests);
+    let verdicts = verdicts(&requests).unwrap();
     assert_eq!(verdicts[0]["signature"], "valid");
     for verdict in &verdicts[1..4] {
         assert!(verdict["signature"].as_str().unwrap().starts_with("WebhookVerificationError"), "{verdict}");

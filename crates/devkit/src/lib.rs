@@ -7,9 +7,11 @@
 
 pub mod client;
 pub mod database;
+pub mod independent;
 pub mod paths;
 pub mod process;
 pub mod processes;
+mod python;
 pub mod receiver;
 pub mod servers;
 pub mod stack;

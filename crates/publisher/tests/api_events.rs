@@ -392,26 +392,21 @@ async fn one_request_reads_a_bounded_part_of_history() {
 #[tokio::test(flavor = "multi_thread")]
 async fn history_is_read_past_none_of_the_events_of_others() {
     let bus = Bus::start().await;
-    let (tenant, busy) = (bus.tenant("acme").await, bus.tenant("busy").await);
+    let tenant = bus.tenant("acme").await;
     let pool = bus.stack.owner_pool().await.unwrap();
-    // A quarter of the older half is acme's, and nothing of the newer.
+    // A fifth of the older half is acme's, and nothing of the newer. The others are four, in turns.
     sqlx::query(
         "INSERT INTO events (uid, organization_id, id, source, type, time, body)
          SELECT ('ffffffff-ffff-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid,
-                CASE WHEN n <= 60000 AND n % 4 = 0 THEN $1::uuid ELSE $2::uuid END, n::text, '/s', 't', now(), '{}'
+                CASE WHEN n <= 60000 AND n % 5 = 0 THEN $1::uuid ELSE md5((n % 4)::text)::uuid END, n::text, '/s',
+                't', now(), convert_to(to_jsonb(repeat('x', 300))::text, 'UTF8')
            FROM generate_series(1, 120000) AS n",
     )
     .bind(&tenant.id)
-    .bind(&busy.id)
     .execute(&pool)
     .await
     .unwrap();
     sqlx::query("ANALYZE events").execute(&pool).await.unwrap();
-    for q in ["SELECT * FROM events WHERE organization_id = '{}' AND uid < 'ffffffff-ffff-ffff-ffff-ffffffffffff' AND uid >= '00000000-0000-0000-0000-000000000000' ORDER BY organization_id DESC, uid DESC LIMIT 51",
-     "SELECT * FROM events WHERE organization_id = '{}' AND uid < 'ffffffff-ffff-ffff-ffff-ffffffffffff' AND uid >= '00000000-0000-0000-0000-000000000000' ORDER BY organization_id DESC, uid DESC LIMIT 10000"] {
-        let plan: Vec<String> = sqlx::query_scalar(sqlx::AssertSqlSafe(format!("EXPLAIN (ANALYZE, BUFFERS) {}", q.replace("{}", &tenant.id)))).fetch_all(&pool).await.unwrap();
-        eprintln!("{}", plan.join("\n"));
-    }
     let blocks = async || -> i64 {
         sqlx::query_scalar(
             "SELECT coalesce(sum(shared_blks_hit + shared_blks_read), 0)::bigint
@@ -422,6 +417,7 @@ async fn history_is_read_past_none_of_the_events_of_others() {
         .await
         .unwrap()
     };
+    let mut total = 0;
     for query in ["limit=50", "limit=50&type=t", "limit=50&source=/s", "limit=50&type=*&include=event"] {
         // A statement is planned anew until Postgres settles on a generic plan, after five times.
         for _ in 0..8 {
@@ -429,9 +425,10 @@ async fn history_is_read_past_none_of_the_events_of_others() {
             let page = tenant.api.get(&format!("{EVENTS}?{query}")).await.expect(200);
             assert_eq!(page.body["items"].as_array().unwrap().len(), 50);
             let read = blocks().await - before;
-            eprintln!("{query} {read}");
-            assert!((1..2_000).contains(&read), "{query} read {read} blocks");
+            assert!(read < 500, "{query} read {read} blocks");
+            total += read;
         }
     }
+    assert!(total > 0, "the statistics count");
     bus.stop().await;
 }

