@@ -1,6 +1,6 @@
 //! Logs and metrics of a process.
 
-use std::{error::Error, fmt};
+use std::{error::Error, fmt, io::IsTerminal as _};
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing_subscriber::{EnvFilter, filter::ParseError};
@@ -14,7 +14,10 @@ const SECONDS: [f64; 16] =
 /// Starts logging to standard error.
 pub fn init_logs(config: &TelemetryConfig) -> Result<(), ParseError> {
     let filter = EnvFilter::try_new(&config.filter)?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match config.format {
         LogFormat::Human => builder.with_target(false).init(),
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).init(),

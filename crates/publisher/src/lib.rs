@@ -11,10 +11,11 @@ pub mod fanout;
 pub mod fault;
 pub mod ingest;
 pub mod relay;
+mod serve;
 pub mod snapshots;
 pub mod state;
 
-use std::{future::IntoFuture as _, sync::Arc};
+use std::sync::Arc;
 
 use bus_core::{
     address::AddressPolicy,
@@ -86,10 +87,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
     let stop = ctx.stop.clone();
     // Closes the listener at the stop and waits for the requests that are under way. The router, and with
     // it the last way into the committers, is dropped then; they finish what they have and end.
-    axum::serve(listener, api::router(state))
-        .with_graceful_shutdown(stop.cancelled_owned())
-        .into_future()
-        .await?;
+    serve::serve(listener, api::router(state), stop).await;
     ctx.tasks.close();
     ctx.tasks.wait().await;
     transport.flush().await;
