@@ -48,6 +48,11 @@ impl Test {
             clippy.args(FAULT_POINTS).args(["--", "--deny", "warnings"]);
             run(clippy)
         })?;
+        gate.step("documentation", || {
+            let mut doc = cargo(&["doc", "--no-deps", "--workspace"]);
+            doc.args(FAULT_POINTS).env("RUSTDOCFLAGS", "-D warnings");
+            run(doc)
+        })?;
         gate.step("licences, bans, sources", check_dependencies)?;
         gate.step("build the binaries", || run(build()))?;
         gate.tests(&[]).await?;
@@ -55,11 +60,6 @@ impl Test {
             let mut tests = cargo(&["test", "--doc", "--workspace"]);
             tests.args(FAULT_POINTS);
             run(tests)
-        })?;
-        gate.step("documentation", || {
-            let mut doc = cargo(&["doc", "--no-deps", "--workspace"]);
-            doc.args(FAULT_POINTS).env("RUSTDOCFLAGS", "-D warnings");
-            run(doc)
         })?;
         gate.step("build the binaries as they ship", || build_binaries(false).map(drop))?;
         for backend in Backend::ALL {
@@ -202,7 +202,8 @@ fn deny_program() -> Result<Option<std::path::PathBuf>> {
     if !program.is_file() {
         std::fs::create_dir_all(&tools)?;
         let _lock = FileLock::acquire(&tools.join("lock"))?;
-        let mut install = cargo(&["install", "cargo-deny", "--version", DENY_VERSION, "--locked", "--root"]);
+        let mut install =
+            cargo(&["install", "cargo-deny", "--version", DENY_VERSION, "--locked", "--debug", "--root"]);
         install.arg(&tools);
         run(install)?;
     }

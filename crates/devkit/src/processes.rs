@@ -340,9 +340,32 @@ pub async fn is_ready(addresses: &Addresses) -> bool {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::missing_docs_in_private_items)]
+    #![allow(clippy::unwrap_used, clippy::missing_docs_in_private_items)]
+
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::paths::RunDir;
+
+    #[tokio::test]
+    async fn a_binary_that_ends_at_once_is_not_waited_for() {
+        let run = RunDir::create().unwrap();
+        let binary = run.path().join("publisher");
+        fs::write(&binary, "#!/bin/sh\necho \"no database for $EVENT_BUS_PREFIX\" >&2\nexit 64\n").unwrap();
+        fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
+        let mut process = RoleProcess::spawn(RoleOptions {
+            role: Role::Publisher,
+            name: "publisher-0".to_owned(),
+            bin_dir: run.path().to_owned(),
+            dir: run.path().join("roles"),
+            log: run.path().join("publisher-0.log"),
+            env: vec![("EVENT_BUS_PREFIX".to_owned(), "me".to_owned())],
+            lifetime: Lifetime::Owned(Signal::KILL),
+        })
+        .unwrap();
+        let error = format!("{:#}", process.wait_ready().await.unwrap_err());
+        assert!(error.contains("exit code 64") && error.contains("no database for me"), "{error}");
+    }
 
     #[test]
     fn a_metric_is_summed_over_its_labels() {

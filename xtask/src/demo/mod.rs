@@ -31,7 +31,7 @@ const EVENTS: u32 = 400;
 
 /// How long the last delivery may take after the last event. A crashed worker's deliveries come back
 /// only after the broker's `ack_wait`.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Show the bus at work: two organizations, ten subscriptions, a few hundred events, and a crash.
 #[derive(Debug, Args)]

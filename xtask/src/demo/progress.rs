@@ -11,7 +11,7 @@ use crate::ui::{self, FAINT, GOOD, paint};
 const TERMINAL: Duration = Duration::from_millis(80);
 /// How often a line is written where no terminal is, and when nothing has changed.
 const PLAIN: Duration = Duration::from_secs(1);
-const PLAIN_IDLE: Duration = Duration::from_secs(15);
+const PLAIN_IDLE: Duration = Duration::from_secs(4);
 /// The width of the bar.
 const WIDTH: usize = 30;
 

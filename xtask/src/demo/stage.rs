@@ -27,16 +27,15 @@ use super::{
     progress::Progress,
     scenario::{SHOPS, Shop, Subscription},
 };
-use crate::ui::{BAD, STRONG, Step, line, paint};
+use crate::ui::{BAD, STRONG, Step, elapsed, line, paint};
 
 /// How many of each binary.
 const PUBLISHERS: usize = 2;
 const WORKERS: usize = 2;
-/// The longest exchange with a receiver; these answer at once.
+/// No exchange may take longer here; that lets the broker give an unacknowledged delivery to another
+/// worker soon, so that nobody has to wait long until the crash is mended.
 const MAX_TIMEOUT_MS: u64 = 1_000;
-/// The broker gives an unacknowledged delivery to another worker after this time: the shortest that the
-/// worker's configuration allows, so that nobody has to wait for the crash longer than need be.
-const ACK_WAIT_MS: u64 = 6_500;
+const ACK_WAIT: Duration = Duration::from_millis(6_500);
 /// Between two requests, so that one can watch.
 const PACE: Duration = Duration::from_millis(10);
 /// Requests under way at a time.
@@ -46,7 +45,7 @@ const BATCH: usize = 5;
 /// How long a receiver takes for an answer; and while the crash is near, so that it surely falls into
 /// deliveries.
 const THINKING: Duration = Duration::from_millis(10);
-const THINKING_HARD: Duration = Duration::from_secs(2);
+const THINKING_HARD: Duration = Duration::from_millis(700);
 /// This many requests before the middle, the receivers begin to think hard.
 const BEFORE_CRASH: usize = 10;
 /// So many deliveries are to be under way when the crash comes.
@@ -148,7 +147,7 @@ impl Stage {
             .replicas(Role::Publisher, PUBLISHERS)
             .replicas(Role::DeliveryWorker, WORKERS)
             .role_env(Role::DeliveryWorker, "EVENT_BUS_SINK__MAX_TIMEOUT_MS", MAX_TIMEOUT_MS)
-            .env("EVENT_BUS_NATS__ACK_WAIT_MS", ACK_WAIT_MS);
+            .env("EVENT_BUS_NATS__ACK_WAIT_MS", ACK_WAIT.as_millis());
         stack_options.bin_dir.clone_from(&options.bin_dir);
         let mut stack = Stack::start(stack_options).await?;
         step.done();
@@ -236,8 +235,8 @@ impl Stage {
             paint(STRONG, name),
         ));
         progress.tell(&format!(
-            "  to the other worker when {} s have gone without an acknowledgement.",
-            ACK_WAIT_MS / 1000
+            "  to the other worker when {} have gone without an acknowledgement.",
+            elapsed(ACK_WAIT)
         ));
         Ok(())
     }
@@ -255,10 +254,10 @@ impl Stage {
         let until = Instant::now() + patience;
         loop {
             let waiting = self.stack.undelivered().await?;
-            let left = self.crashed.map_or(0, |crashed| {
-                Duration::from_millis(ACK_WAIT_MS).saturating_sub(crashed.elapsed()).as_secs()
-            });
-            progress.wait_for(format!("{waiting} without an acknowledgement, handed over in {left} s"));
+            let left =
+                self.crashed.map_or(Duration::ZERO, |crashed| ACK_WAIT.saturating_sub(crashed.elapsed()));
+            progress
+                .wait_for(format!("{waiting} without an acknowledgement, handed over in {}", elapsed(left)));
             progress.delivered(self.arrived());
             if waiting == 0 {
                 return Ok(());
