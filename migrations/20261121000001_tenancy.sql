@@ -58,14 +58,19 @@ CREATE TABLE subscriptions (
     event_type      text NOT NULL CHECK (char_length(event_type) BETWEEN 1 AND 255),
     publisher       uuid REFERENCES connections (id),
     filter          text CHECK (char_length(filter) BETWEEN 1 AND 1024),
+    -- SHA-256 of the filter, which itself may be longer than an index row may be.
+    filter_hash     bytea,
+    -- What the compiled filter takes in a publisher's memory, bytes. Their sum is limited.
+    filter_bytes    integer NOT NULL DEFAULT 0,
     enabled         boolean NOT NULL DEFAULT true,
     created_at      timestamptz NOT NULL DEFAULT now(),
     updated_at      timestamptz NOT NULL DEFAULT now(),
-    deleted_at      timestamptz
+    deleted_at      timestamptz,
+    CHECK ((filter IS NULL) = (filter_hash IS NULL))
 );
 -- "Creating an identical one returns the existing": unique in the database, not by look-up.
 CREATE UNIQUE INDEX subscriptions_identity
-    ON subscriptions (connection_id, event_type, publisher, filter) NULLS NOT DISTINCT
+    ON subscriptions (connection_id, event_type, publisher, filter_hash) NULLS NOT DISTINCT
     WHERE deleted_at IS NULL;
 CREATE INDEX subscriptions_page ON subscriptions (organization_id, id) WHERE deleted_at IS NULL;
 CREATE INDEX subscriptions_publisher ON subscriptions (publisher) WHERE deleted_at IS NULL;

@@ -28,7 +28,9 @@ CREATE INDEX events_id ON events (organization_id, id);
 -- transaction: of two concurrent publishers of one key, the second waits for the first's commit.
 CREATE TABLE event_keys (
     organization_id uuid NOT NULL,
-    -- 'e' || source || chr(31) || id for an event, 'i' || key for an Idempotency-Key
+    -- For an event 'e' and the hexadecimal SHA-256 of source and id, each after its length in bytes (8 bytes,
+    -- big-endian): the two themselves may be longer than an index row may be. For an Idempotency-Key 'i' and
+    -- the key, which has at most 255 bytes.
     key             text NOT NULL,
     event_uids      uuid[] NOT NULL,
     -- SHA-256 of the request body; set for an Idempotency-Key only

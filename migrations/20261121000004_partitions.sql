@@ -27,3 +27,8 @@ REVOKE ALL ON FUNCTION create_day_partition(text, date) FROM PUBLIC;
 CREATE FUNCTION uuid_floor(day date) RETURNS uuid
     LANGUAGE sql IMMUTABLE
     RETURN (lpad(to_hex((extract(epoch FROM day) * 1000)::bigint), 12, '0') || '70008000000000000000')::uuid;
+
+-- The first days. While the default partition is empty this costs nothing; later every new partition has
+-- to look through what lies there, with the table locked. So nothing should ever lie there.
+SELECT create_day_partition(parent, (now() AT TIME ZONE 'UTC')::date + ahead)
+FROM unnest(ARRAY ['events', 'delivery_attempts']) AS parent, generate_series(0, 7) AS ahead;

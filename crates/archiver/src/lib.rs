@@ -7,7 +7,8 @@ mod maintenance;
 use bus_core::{
     config::{Common, RoleConfig},
     launcher::{BoxError, Ctx, Role},
-    pg, supervise,
+    pg,
+    supervise::{self, Broker},
 };
 use serde::Deserialize;
 
@@ -28,8 +29,8 @@ pub struct ArchiverConfig {
 pub struct MaintenanceConfig {
     /// Days for which partitions exist ahead.
     pub partitions_ahead_days: i32,
-    /// Finished outbox rows are kept this long, seconds. Must exceed the broker's sync interval (two
-    /// minutes by default), so that a broker that lost its last messages can be served again.
+    /// Finished outbox rows are kept this long, seconds: longer than the broker's sync interval (two
+    /// minutes by default), so that they still tell what a broker that lost its last messages had.
     pub outbox_keep_s: u64,
 }
 
@@ -46,7 +47,7 @@ impl RoleConfig for ArchiverConfig {
 /// Runs until [`Ctx::stop`].
 pub async fn run(ctx: Ctx<ArchiverConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
-    let Some(transport) = supervise::connect(&ctx, &pool).await? else { return Ok(()) };
+    let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     if let Some(nats) = &transport.nats {
         let beat = ctx.health.heartbeat("history", history::PULL_WAIT * 60);
         ctx.spawn("history", history::run(pool.clone(), nats.clone(), beat, ctx.stop.clone()));

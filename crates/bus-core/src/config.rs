@@ -4,15 +4,18 @@
 //! and `nats.url`. Every secret may be given as a file instead, with `_file` after its key: what a
 //! Kubernetes secret volume holds never has to pass through the environment.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, str::FromStr as _};
 
+use async_nats::ServerAddr;
 use figment::{
     Figment, Metadata, Profile, Provider,
     providers::{Format, Toml},
     value::{Dict, Map, Value},
 };
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use sqlx::postgres::PgConnectOptions;
+use tracing_subscriber::EnvFilter;
 
 /// The prefix of every variable.
 pub const ENV_PREFIX: &str = "EVENT_BUS_";
@@ -98,6 +101,10 @@ pub struct NatsConfig {
     pub max_ack_pending: i64,
     /// The most bytes that the delivery stream holds; when it is full, fan-out waits in the outbox.
     pub max_stream_bytes: i64,
+    /// The most bytes of receipts and audit records; when it is reached, the oldest go.
+    pub max_audit_bytes: i64,
+    /// The most bytes of the dead-letter stream; when it is reached, the oldest go. Their rows stay.
+    pub max_dead_bytes: i64,
 }
 
 /// The port for probes and metrics.
@@ -257,8 +264,22 @@ impl Common {
         if self.backend == Backend::Jetstream && self.nats.url.is_none() {
             return Some("the jetstream backend needs nats.url: set NATS_URL or nats.url_file".into());
         }
-        if self.postgres.max_connections < 2 {
-            return Some("postgres.max_connections must be at least 2".into());
+        // Two of them listen for notifications where there is no NATS.
+        let needed = if self.backend == Backend::Postgres { 6 } else { 2 };
+        if self.postgres.max_connections < needed {
+            return Some(format!("postgres.max_connections must be at least {needed}"));
+        }
+        if PgConnectOptions::from_str(self.postgres.url.expose_secret()).is_err() {
+            return Some(
+                "postgres.url is not a URL of a database (postgres://user:password@host/database)".into(),
+            );
+        }
+        let nats = self.nats.url.as_ref().map(|url| url.expose_secret()).unwrap_or_default();
+        if nats.split(',').any(|server| !nats.is_empty() && server.trim().parse::<ServerAddr>().is_err()) {
+            return Some("nats.url is not a list of servers (nats://user:password@host:port)".into());
+        }
+        if let Err(refused) = EnvFilter::try_new(&self.telemetry.filter) {
+            return Some(format!("telemetry.filter: {refused}"));
         }
         None
     }

@@ -11,6 +11,8 @@ use async_nats::{
         stream::{Config as StreamConfig, DiscardPolicy, RetentionPolicy, StorageType},
     },
 };
+use futures::StreamExt as _;
+use percent_encoding::percent_decode_str;
 use secrecy::ExposeSecret as _;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
@@ -27,8 +29,8 @@ const MIN_SERVER: (i64, i64, i64) = (2, 12, 0);
 /// JetStream publishes that wait for their acknowledgement at one time, per process.
 const MAX_ACKS_IN_FLIGHT: usize = 4_000;
 
-/// How long one JetStream publish may wait for its acknowledgement.
-pub const PUBLISH_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a JetStream call may take, and a publish wait for its acknowledgement.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What went wrong with the broker.
 #[derive(Debug, thiserror::Error)]
@@ -140,15 +142,18 @@ impl Nats {
             .collect::<Result<_, _>>()
             .map_err(|source| NatsError::Io { operation: "read nats.url", source })?;
         // The client takes no credentials from a URL by itself; those of the first server are for all.
-        if let Some((user, password)) =
-            servers.first().and_then(|first| first.username().zip(first.password()))
-        {
-            options = options.user_and_password(user.to_owned(), password.to_owned());
+        let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+        match servers.first().map(|first| (first.username(), first.password())) {
+            Some((Some(user), Some(password))) => {
+                options = options.user_and_password(decoded(user), decoded(password));
+            }
+            Some((Some(token), None)) => options = options.token(decoded(token)),
+            _ => {}
         }
         let client = options.connect(servers).await.during("connect to NATS")?;
         let jetstream = ContextBuilder::new()
-            .timeout(Duration::from_secs(5))
-            .ack_timeout(PUBLISH_TIMEOUT)
+            .timeout(CALL_TIMEOUT)
+            .ack_timeout(CALL_TIMEOUT)
             .max_ack_inflight(MAX_ACKS_IN_FLIGHT)
             .backpressure_on_inflight(true)
             .build(client.clone());
@@ -163,8 +168,9 @@ impl Nats {
     }
 
     /// Waits until there is a connection, then makes sure that the server is new enough and that our
-    /// streams exist. Safe to call from any number of processes at a time.
-    pub async fn prepare(&self, lanes: u16) -> Result<(), NatsError> {
+    /// streams exist. Safe to call from any number of processes at a time, and again after the broker lost
+    /// them. Consumers are created by those who pull from them.
+    pub async fn prepare(&self) -> Result<(), NatsError> {
         let mut connected = self.connected.clone();
         // The sender lives in the client's event task, as long as `self.client`.
         connected.wait_for(|connected| *connected).await.during("wait for NATS")?;
@@ -174,11 +180,19 @@ impl Nats {
         for stream in self.streams() {
             self.jetstream.get_or_create_stream(stream).await.during("create the streams")?;
         }
-        for lane in 0..lanes {
-            self.lane_consumer(lane).await?;
-        }
-        self.receipt_consumer().await?;
         Ok(())
+    }
+
+    /// The highest lane that a consumer was ever created for, if any.
+    pub async fn highest_lane(&self) -> Result<Option<u16>, NatsError> {
+        const OPERATION: &str = "list the consumers of the delivery stream";
+        let stream = self.jetstream.get_stream_no_info(&self.names.deliver_stream).await.during(OPERATION)?;
+        let mut names = stream.consumer_names();
+        let mut highest = None;
+        while let Some(name) = names.next().await.transpose().during(OPERATION)? {
+            highest = highest.max(name.strip_prefix("lane-").and_then(|lane| lane.parse().ok()));
+        }
+        Ok(highest)
     }
 
     /// The durable consumer of one lane, created if it is missing.
@@ -238,12 +252,16 @@ impl Nats {
                 name: self.names.dead_stream.clone(),
                 subjects: vec![format!("{}.dead.>", self.names.prefix)],
                 max_age: week,
+                max_bytes: self.config.max_dead_bytes,
                 ..common.clone()
             },
             StreamConfig {
                 name: self.names.audit_stream.clone(),
                 subjects: vec![format!("{}.events.audit.>", self.names.prefix)],
                 max_age: week,
+                // The oldest go: receipts that nobody copied in time are a gap in history, but a full
+                // store would stop the deliveries.
+                max_bytes: self.config.max_audit_bytes,
                 ..common
             },
         ]

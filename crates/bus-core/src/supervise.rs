@@ -21,20 +21,29 @@ const PROBE: Duration = Duration::from_secs(5);
 /// Between two tries while something is away.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// Connects to what the backend needs and waits, as long as it takes, until the schema and the streams
-/// are there. `None` if the process was told to stop meanwhile.
-pub async fn connect<C>(ctx: &Ctx<C>, pool: &PgPool) -> Result<Option<Transport>, BoxError> {
+/// Whether a role can do anything useful without the broker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Broker {
+    /// It is not ready while the broker is away.
+    Needed,
+    /// It works on: what the broker is wanted for waits in the database.
+    Optional,
+}
+
+/// Connects to what the backend needs and waits, as long as it takes, until the schema is there, and the
+/// streams if the role needs them. `None` if the process was told to stop meanwhile.
+pub async fn connect<C>(ctx: &Ctx<C>, pool: &PgPool, broker: Broker) -> Result<Option<Transport>, BoxError> {
     let transport = Transport::connect(&ctx.common, pool, ctx.role.name, ctx.stop.clone()).await?;
     let postgres = ctx.health.condition("postgres");
-    let broker = transport.nats.is_some().then(|| ctx.health.condition("nats"));
+    let needed = transport.nats.is_some() && broker == Broker::Needed;
+    let nats = needed.then(|| ctx.health.condition("nats"));
     let ready = async {
         until_ready("the database", || async { pg::check_schema(pool).await.map_err(retryable_store) })
             .await?;
         postgres.set(true);
-        until_ready("the broker", || async { transport.queue.prepare().await.map_err(retryable_queue) })
-            .await?;
-        if let Some(broker) = &broker {
-            broker.set(true);
+        if let Some(nats) = &nats {
+            prepare(&transport).await?;
+            nats.set(true);
         }
         Ok::<_, BoxError>(())
     };
@@ -43,8 +52,32 @@ pub async fn connect<C>(ctx: &Ctx<C>, pool: &PgPool) -> Result<Option<Transport>
         Some(result) => result?,
     }
     let beat = ctx.health.heartbeat("supervisor", PROBE * 6);
-    ctx.spawn("supervisor", watch(pool.clone(), transport.clone(), postgres, broker, beat, ctx.stop.clone()));
+    ctx.spawn("supervisor", watch(pool.clone(), transport.clone(), postgres, nats, beat, ctx.stop.clone()));
+    ctx.spawn("broker", keep_prepared(transport.clone(), ctx.stop.clone()));
     Ok(Some(transport))
+}
+
+async fn prepare(transport: &Transport) -> Result<(), BoxError> {
+    until_ready("the broker", || async { transport.queue.prepare().await.map_err(retryable_queue) }).await
+}
+
+/// After each new connection the streams are looked for again: the broker may be another one, or have
+/// lost what it had.
+async fn keep_prepared(transport: Transport, stop: CancellationToken) -> Result<(), BoxError> {
+    let Some(nats) = &transport.nats else {
+        stop.cancelled().await;
+        return Ok(());
+    };
+    let mut epoch = nats.epoch();
+    let follow = async {
+        loop {
+            prepare(&transport).await?;
+            if epoch.changed().await.is_err() {
+                return Ok(());
+            }
+        }
+    };
+    stop.run_until_cancelled(follow).await.unwrap_or(Ok(()))
 }
 
 /// An error that ends the wait, or one to be waited out.
@@ -96,7 +129,7 @@ async fn watch(
     pool: PgPool,
     transport: Transport,
     postgres: Condition,
-    broker: Option<Condition>,
+    needed: Option<Condition>,
     beat: Heartbeat,
     stop: CancellationToken,
 ) -> Result<(), BoxError> {
@@ -105,8 +138,8 @@ async fn watch(
             return Ok(());
         }
         beat.beat();
-        if let (Some(broker), Some(nats)) = (&broker, &transport.nats) {
-            broker.set(nats.is_connected());
+        if let (Some(needed), Some(nats)) = (&needed, &transport.nats) {
+            needed.set(nats.is_connected());
         }
         let ping = async { pool.acquire().await?.ping().await };
         postgres.set(matches!(tokio::time::timeout(PROBE, ping).await, Ok(Ok(()))));

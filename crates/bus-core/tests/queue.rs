@@ -54,6 +54,8 @@ impl Fixture {
                     ack_wait_ms: u64::try_from(LEASE.as_millis()).unwrap(),
                     max_ack_pending: 100,
                     max_stream_bytes: 64 * 1024 * 1024,
+                    max_audit_bytes: 64 * 1024 * 1024,
+                    max_dead_bytes: 64 * 1024 * 1024,
                 };
                 let nats = Nats::connect(&config, &prefix, "test").await.unwrap();
                 let other = Nats::connect(&config, &prefix, "other").await.unwrap();
@@ -98,7 +100,7 @@ impl Fixture {
             connection: SystemIds.next().into(),
             connection_version: 3,
         };
-        Enqueue { key, attempts: 0, body: Bytes::copy_from_slice(body) }
+        Enqueue { key, attempts: 0, body: Body::bounded(&Bytes::copy_from_slice(body)) }
     }
 
     async fn deliveries(&self, n: usize) -> Vec<Enqueue> {
@@ -148,7 +150,7 @@ async fn comes_out_as_it_was_put_in(kind: Kind) {
     let leased = pull_all(&fixture.queue, 50).await;
     for one in leased {
         let sent = deliveries.iter().find(|delivery| delivery.key == one.key).expect("one that was put in");
-        assert_eq!((one.attempts, one.body), (0, Body::Inline(sent.body.clone())));
+        assert_eq!((one.attempts, &one.body), (0, &sent.body));
         one.lease.ack().await.unwrap();
     }
     assert!(pull(&fixture.queue, 10).await.is_empty(), "what is finished does not come again");
@@ -213,6 +215,19 @@ async fn what_is_put_back_comes_again_with_one_more_attempt(kind: Kind) {
     fixture.end().await;
 }
 
+async fn a_hold_that_is_extended_lasts(kind: Kind) {
+    let fixture = Fixture::new(kind).await;
+    fixture.queue.enqueue(&fixture.deliveries(1).await).await.unwrap();
+    let held = pull_all(&fixture.queue, 1).await.remove(0);
+    for _ in 0..4 {
+        held.lease.extend().await.unwrap();
+        let taken = fixture.other_worker.pull(0, 1, LEASE / 2).await.unwrap().next().await;
+        assert!(taken.is_none(), "nobody else gets what is held");
+    }
+    held.lease.ack().await.unwrap();
+    fixture.end().await;
+}
+
 async fn deliveries_that_wait_do_not_stop_the_others(kind: Kind) {
     let fixture = Fixture::new(kind).await;
     fixture.queue.enqueue(&fixture.deliveries(10).await).await.unwrap();
@@ -255,14 +270,49 @@ on_every_queue! {
     a_second_worker_takes_only_what_nobody_holds,
     what_a_dead_worker_held_comes_again,
     what_is_put_back_comes_again_with_one_more_attempt,
+    a_hold_that_is_extended_lasts,
     deliveries_that_wait_do_not_stop_the_others,
     a_waiting_pull_gets_what_is_enqueued_meanwhile,
+}
+
+#[tokio::test]
+async fn i10_many_large_fan_outs_at_once_do_not_wait_for_each_other() {
+    let fixture = Fixture::new(Kind::JetStream).await;
+    let sample = fixture.delivery(b"many").await;
+    let fan_outs = (0..16).map(|_| {
+        let deliveries: Vec<Enqueue> = (0..1_000)
+            .map(|_| {
+                let key = DeliveryKey { id: DeliveryId(SystemIds.next()), ..sample.key };
+                Enqueue { key, ..sample.clone() }
+            })
+            .collect();
+        let queue = fixture.queue.clone();
+        async move { queue.enqueue(&deliveries).await.unwrap() }
+    });
+    tokio::time::timeout(DEADLINE, futures::future::join_all(fan_outs)).await.expect("every fan-out ends");
+    let nats = fixture.nats.clone().unwrap();
+    let stream = nats.jetstream.get_stream(&nats.names.deliver_stream).await.unwrap();
+    assert_eq!(stream.cached_info().state.messages, 16_000);
+    fixture.end().await;
+}
+
+#[tokio::test]
+async fn a_lane_of_an_earlier_configuration_is_still_pulled() {
+    let fixture = Fixture::new(Kind::JetStream).await;
+    let nats = fixture.nats.clone().unwrap();
+    assert_eq!(fixture.queue.lanes().await.unwrap(), 1);
+    let earlier: Arc<dyn DeliveryQueue> = Arc::new(JetStreamQueue::new(nats, 8));
+    // Whoever pulled lane 5 made its consumer.
+    assert!(earlier.pull(5, 1, Duration::from_millis(100)).await.unwrap().next().await.is_none());
+    assert_eq!(fixture.queue.lanes().await.unwrap(), 6);
+    fixture.end().await;
 }
 
 #[tokio::test]
 async fn i10_a_large_body_stays_out_of_the_stream() {
     let fixture = Fixture::new(Kind::JetStream).await;
     let large = fixture.delivery(&vec![b'x'; MAX_INLINE + 1]).await;
+    assert_eq!(large.body, Body::Stored);
     fixture.queue.enqueue(std::slice::from_ref(&large)).await.unwrap();
     let leased = pull_all(&fixture.queue, 1).await.remove(0);
     assert_eq!((leased.key, &leased.body), (large.key, &Body::Stored));

@@ -11,7 +11,7 @@ use bus_core::{
     launcher::{BoxError, Ctx, Heartbeat, Role},
     pg::{self, DeadLetter},
     queue::{DeliveryQueue, Enqueue, QueueError},
-    supervise,
+    supervise::{self, Broker},
     telemetry::Chain,
 };
 use metrics::counter;
@@ -34,8 +34,8 @@ const SHORTEST: Duration = Duration::from_millis(20);
 /// After an error.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// Deliveries returned at a time.
-const BATCH: u32 = 500;
+/// Deliveries returned at a time; with the largest body that the queue carries, 50 MiB.
+const BATCH: u32 = 200;
 
 /// If this process dies with deliveries in hand, another one takes them after this time. Well within the
 /// broker's duplicate window, so that what was already put back is recognised.
@@ -62,7 +62,7 @@ impl RoleConfig for SchedulerConfig {
 /// Runs until [`Ctx::stop`].
 pub async fn run(ctx: Ctx<SchedulerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
-    let Some(transport) = supervise::connect(&ctx, &pool).await? else { return Ok(()) };
+    let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let beat = ctx.health.heartbeat("parked deliveries", IDLE * 12);
     ctx.spawn("parked deliveries", return_due(pool, Arc::clone(&transport.queue), beat, ctx.stop.clone()));
     ctx.stop.cancelled().await;

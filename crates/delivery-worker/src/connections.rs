@@ -11,67 +11,108 @@ use std::{
 use bus_core::{
     connection::Connection,
     delivery::DeliveryKey,
-    ids::{ConnectionId, OrganizationId},
+    ids::ConnectionId,
     pg::{self, StoreError},
     queue::{Hint, Hints},
 };
 use futures::StreamExt as _;
 use moka::future::Cache;
 use sqlx::PgPool;
+use tokio::time::Instant;
+use tracing::debug;
 
-/// The kept connections; a deleted one is kept as `None`. Cheap to clone.
+/// The kept connections; a deleted one is kept too, as `None`. Cheap to clone.
 ///
-/// Fresh enough is: at least the version that the delivery was matched with, and not older than the last
-/// hint about it.
+/// Fresh enough is: at least the version that the delivery was matched with, read since the last hint that
+/// concerns it, and not longer ago than the time to live. What is not fresh is read again; while the
+/// database is away it serves all the same, since nobody can change it then.
 #[derive(Debug, Clone)]
 pub(crate) struct Connections {
     pool: PgPool,
-    cache: Cache<ConnectionId, Option<Arc<Connection>>>,
-    /// Counts the hints, so that a read that was under way when one came is not kept.
-    hints: Arc<AtomicU64>,
+    ttl: Duration,
+    kept: Cache<ConnectionId, Kept>,
+    /// Counts the moments from which every hint may have been missed.
+    epoch: Arc<AtomicU64>,
+}
+
+#[derive(Debug, Clone)]
+struct Kept {
+    /// `None` if it was deleted, or has not been read yet but is already outdated.
+    connection: Option<Arc<Connection>>,
+    read_at: Instant,
+    epoch: u64,
+    /// A hint says that it has changed since.
+    outdated: bool,
 }
 
 impl Connections {
     pub(crate) fn new(pool: PgPool, capacity: u64, ttl: Duration) -> Self {
-        let cache = Cache::builder().max_capacity(capacity).time_to_live(ttl).build();
-        Self { pool, cache, hints: Arc::default() }
+        Self { pool, ttl, kept: Cache::builder().max_capacity(capacity).build(), epoch: Arc::default() }
     }
 
-    /// The delivery's connection, as it was when the event was matched or later; `None` if it was deleted.
-    pub(crate) async fn get(&self, key: &DeliveryKey) -> Result<Option<Arc<Connection>>, Arc<StoreError>> {
-        let (organization, id) = (key.organization, key.connection);
-        let kept = self.cache.try_get_with(id, self.load(organization, id)).await?;
-        match kept {
-            Some(connection) if connection.version < key.connection_version => {
-                self.cache.invalidate(&id).await;
-                self.cache.try_get_with(id, self.load(organization, id)).await
-            }
-            kept => Ok(kept),
+    /// The delivery's connection; `None` if it was deleted.
+    pub(crate) async fn get(&self, key: &DeliveryKey) -> Result<Option<Arc<Connection>>, StoreError> {
+        let kept = self.kept.get(&key.connection).await;
+        if let Some(kept) = kept.as_ref().filter(|kept| self.is_fresh(kept, key)) {
+            return Ok(kept.connection.clone());
+        }
+        match self.read(key).await {
+            Ok(connection) => Ok(connection),
+            Err(failed) => match kept {
+                Some(kept) if failed.is_unavailable() && kept.connection.is_some() => {
+                    debug!(connection.id = %key.connection, "The database is away; the kept connection serves");
+                    Ok(kept.connection)
+                }
+                _ => Err(failed),
+            },
         }
     }
 
-    async fn load(
-        &self,
-        organization: OrganizationId,
-        id: ConnectionId,
-    ) -> Result<Option<Arc<Connection>>, StoreError> {
-        loop {
-            let before = self.hints.load(Ordering::Acquire);
-            let loaded = pg::connection(&self.pool, organization, id).await?.map(Arc::new);
-            if self.hints.load(Ordering::Acquire) == before {
-                return Ok(loaded);
-            }
-        }
+    fn is_fresh(&self, kept: &Kept, key: &DeliveryKey) -> bool {
+        let version = kept.connection.as_ref().map_or(i64::MAX, |connection| connection.version);
+        !kept.outdated
+            && kept.epoch == self.epoch.load(Ordering::Acquire)
+            && version >= key.connection_version
+            && kept.read_at.elapsed() < self.ttl
     }
 
-    /// Drops what hints speak of. Never ends.
+    /// Several deliveries may read the same connection at once; what was read first stays if it is newer.
+    async fn read(&self, key: &DeliveryKey) -> Result<Option<Arc<Connection>>, StoreError> {
+        // Both from before the read: a hint that comes meanwhile makes it outdated again.
+        let (epoch, read_at) = (self.epoch.load(Ordering::Acquire), Instant::now());
+        let connection = pg::connection(&self.pool, key.organization, key.connection).await?.map(Arc::new);
+        let fresh = Kept { connection: connection.clone(), read_at, epoch, outdated: false };
+        self.kept
+            .entry(key.connection)
+            .and_upsert_with(|kept| {
+                let kept = kept.map(moka::Entry::into_value);
+                let newer = kept.filter(|kept| kept.read_at > read_at).unwrap_or(fresh);
+                std::future::ready(newer)
+            })
+            .await;
+        Ok(connection)
+    }
+
+    /// What was read before this moment is outdated, also if the read ends only afterwards.
+    async fn outdate(&self, id: ConnectionId) {
+        let outdated = |kept: Option<moka::Entry<ConnectionId, Kept>>| {
+            let connection = kept.and_then(|kept| kept.into_value().connection);
+            std::future::ready(Kept { connection, read_at: Instant::now(), epoch: 0, outdated: true })
+        };
+        self.kept.entry(id).and_upsert_with(outdated).await;
+    }
+
+    /// Follows what hints say. Never ends.
     pub(crate) async fn follow(self, hints: Arc<dyn Hints>) {
         let mut hints = hints.listen().await;
         while let Some(hint) = hints.next().await {
-            self.hints.fetch_add(1, Ordering::AcqRel);
             match hint {
-                Hint::ConnectionChanged(id) => self.cache.invalidate(&id).await,
-                Hint::Missed => self.cache.invalidate_all(),
+                Hint::ConnectionChanged(id) => {
+                    self.outdate(id).await;
+                }
+                Hint::Missed => {
+                    self.epoch.fetch_add(1, Ordering::AcqRel);
+                }
             }
         }
     }

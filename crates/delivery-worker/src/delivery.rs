@@ -1,6 +1,6 @@
 //! One delivery from the lease to its end: attempt, then acknowledge, postpone, park or dead-letter.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use bus_core::{
     clock::Clock,
@@ -18,12 +18,19 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use metrics::{counter, histogram};
 use sqlx::PgPool;
-use tracing::{debug, error, warn};
+use tracing::{debug, warn};
 
-use crate::{bodies::Bodies, connections::Connections, parking::Parking, receipts::Receipts};
+use crate::{
+    bodies::Bodies,
+    connections::Connections,
+    parking::Parking,
+    patience::{Patience, put_back},
+    receipts::Receipts,
+};
 
-/// While the database cannot be reached and is needed, a delivery is put back for this long.
-const DATABASE_AWAY: Duration = Duration::from_secs(2);
+/// Deliveries that were handed out this often beyond the attempts that the policy allows take their workers
+/// down with them, or are always killed with them.
+const POISON: u32 = 16;
 
 /// Does the deliveries of one worker.
 pub(crate) struct Deliverer {
@@ -33,6 +40,7 @@ pub(crate) struct Deliverer {
     pub(crate) bodies: Bodies,
     pub(crate) webhooks: Box<dyn Sink>,
     pub(crate) parking: Parking,
+    pub(crate) patience: Patience,
     pub(crate) receipts: Receipts,
     pub(crate) retry: RetryPolicy,
     pub(crate) clock: Arc<dyn Clock>,
@@ -46,33 +54,22 @@ impl std::fmt::Debug for Deliverer {
     }
 }
 
-/// Why a delivery is given up before it was attempted.
-enum Undeliverable {
-    Dead(&'static str),
-    /// The database is needed and away.
-    Later(BoxError),
-}
-
 impl Deliverer {
-    /// Brings a delivery to its end, or leaves it to the queue, which hands it out again.
+    /// Brings a delivery to its end. At a stop it may be left to the queue, which hands it out again.
     pub(crate) async fn deliver(&self, leased: Leased) {
         let Leased { key, attempts, body, lease } = leased;
         let number = attempts.saturating_add(1);
-        let prepared = if attempts >= self.retry.max_attempts {
-            // Handed out again and again without an answer: it takes its workers down, or they are killed.
-            Err(Undeliverable::Dead("attempts_exhausted"))
+        let prepared = if attempts >= self.retry.max_attempts.saturating_add(POISON) {
+            Some(Err("redelivered_too_often"))
         } else {
-            self.prepare(&key, body).await
+            self.patience.insist(lease.as_ref(), &key, || self.prepare(&key, &body)).await
         };
         let (connection, body) = match prepared {
-            Ok(prepared) => prepared,
-            Err(Undeliverable::Dead(reason)) => {
+            Some(Ok(prepared)) => prepared,
+            Some(Err(reason)) => {
                 return self.give_up(lease, DeadLetter::new(key, attempts, reason), Bytes::new()).await;
             }
-            Err(Undeliverable::Later(failed)) => {
-                warn!(delivery.id = %key.id, error = %Chain(failed.as_ref()), "Delivery put back");
-                return put_back(lease, DATABASE_AWAY.min(self.queue.longest_wait()), &key).await;
-            }
+            None => return put_back(lease, &key).await,
         };
         let at = self.clock.now();
         let delivery = Delivery { key, attempts, body };
@@ -83,35 +80,29 @@ impl Deliverer {
         self.receipts.send(receipt(&delivery.key, number, outcome, &report, at));
     }
 
+    /// What an attempt needs, or the reason why there can be none.
     async fn prepare(
         &self,
         key: &DeliveryKey,
-        body: Body,
-    ) -> Result<(Arc<Connection>, Bytes), Undeliverable> {
-        let later = |failed: Arc<pg::StoreError>| Undeliverable::Later(Box::new(failed));
-        let connection = self
-            .connections
-            .get(key)
-            .await
-            .map_err(later)?
-            .filter(|connection| connection.organization == key.organization)
-            .ok_or(Undeliverable::Dead("connection_deleted"))?;
+        body: &Body,
+    ) -> Result<Result<(Arc<Connection>, Bytes), &'static str>, BoxError> {
+        let Some(connection) = self.connections.get(key).await? else {
+            return Ok(Err("connection_deleted"));
+        };
+        if connection.organization != key.organization {
+            return Ok(Err("connection_deleted"));
+        }
         if !connection.enabled {
-            return Err(Undeliverable::Dead("connection_disabled"));
+            return Ok(Err("connection_disabled"));
         }
         if !matches!(connection.target, Target::Webhook(_)) {
-            return Err(Undeliverable::Dead("connection_receives_nothing"));
+            return Ok(Err("connection_receives_nothing"));
         }
         let body = match body {
-            Body::Inline(body) => body,
-            Body::Stored => self
-                .bodies
-                .get(key.event)
-                .await
-                .map_err(later)?
-                .ok_or(Undeliverable::Dead("event_expired"))?,
+            Body::Inline(body) => Some(body.clone()),
+            Body::Stored => self.bodies.get(key.event).await?,
         };
-        Ok((connection, body))
+        Ok(body.map(|body| (connection, body)).ok_or("event_expired"))
     }
 
     /// Draws the consequence of an attempt.
@@ -136,7 +127,9 @@ impl Deliverer {
         debug!(delivery.id = %key.id, connection.id = %key.connection, attempt = number, %failure, "Attempt failed");
         match self.retry.after_failure(number, (self.random)()) {
             Verdict::Retry(wait) if wait <= self.queue.longest_wait() => {
-                put_back(lease, wait, &key).await;
+                if let Err(failed) = lease.retry(wait).await {
+                    warn!(delivery.id = %key.id, error = %Chain(&failed), "Not postponed; it comes again after ack_wait");
+                }
                 ReceiptOutcome::Failed
             }
             Verdict::Retry(wait) => {
@@ -162,31 +155,20 @@ impl Deliverer {
     /// comes again and the same is done once more.
     async fn give_up(&self, lease: Box<dyn Lease>, dead: DeadLetter, body: Bytes) {
         let key = dead.key;
-        let recorded = async {
+        let recorded = self.patience.insist(lease.as_ref(), &key, || async {
             self.queue.dead_letter(&key, dead.reason, &body).await?;
             pg::insert_dead_letter(&self.pool, &dead).await?;
-            Ok::<_, BoxError>(())
-        };
-        match recorded.await {
-            Ok(()) => {
-                counter!("bus_dead_letters", "reason" => dead.reason).increment(1);
-                warn!(delivery.id = %key.id, event.uid = %key.event, connection.id = %key.connection,
-                      reason = dead.reason, attempts = dead.attempts, "Delivery given up");
-                if let Err(failed) = lease.ack().await {
-                    warn!(delivery.id = %key.id, error = %Chain(&failed), "Dead letter not acknowledged");
-                }
-            }
-            Err(failed) => {
-                error!(delivery.id = %key.id, error = %Chain(failed.as_ref()), "Dead letter not recorded yet");
-                put_back(lease, DATABASE_AWAY.min(self.queue.longest_wait()), &key).await;
-            }
+            Ok(())
+        });
+        if recorded.await.is_none() {
+            return put_back(lease, &key).await;
         }
-    }
-}
-
-pub(crate) async fn put_back(lease: Box<dyn Lease>, wait: Duration, key: &DeliveryKey) {
-    if let Err(failed) = lease.retry(wait).await {
-        warn!(delivery.id = %key.id, error = %Chain(&failed), "Not put back; it comes again after ack_wait");
+        counter!("bus_dead_letters", "reason" => dead.reason).increment(1);
+        warn!(delivery.id = %key.id, event.uid = %key.event, connection.id = %key.connection,
+              reason = dead.reason, attempts = dead.attempts, "Delivery given up");
+        if let Err(failed) = lease.ack().await {
+            warn!(delivery.id = %key.id, error = %Chain(&failed), "Dead letter not acknowledged");
+        }
     }
 }
 

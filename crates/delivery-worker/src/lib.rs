@@ -10,6 +10,7 @@ pub mod connector;
 mod delivery;
 pub mod lane;
 mod parking;
+mod patience;
 mod receipts;
 pub mod webhook;
 
@@ -17,12 +18,13 @@ use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     launcher::{BoxError, Ctx, Role},
-    pg, supervise,
+    pg,
+    supervise::{self, Broker},
 };
 
 use crate::{
     bodies::Bodies, config::WorkerConfig, connections::Connections, delivery::Deliverer, lane::Lane,
-    parking::Parking, receipts::Receipts, webhook::WebhookSink,
+    parking::Parking, patience::Patience, receipts::Receipts, webhook::WebhookSink,
 };
 
 /// What this binary is.
@@ -31,7 +33,7 @@ pub const ROLE: Role = Role { name: "delivery-worker", about: "Delivers queued e
 /// Runs until [`Ctx::stop`].
 pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
-    let Some(transport) = supervise::connect(&ctx, &pool).await? else { return Ok(()) };
+    let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let settings = &ctx.config.worker;
 
     let ttl = Duration::from_secs(settings.connection_ttl_s);
@@ -39,13 +41,15 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
     let following = connections.clone().follow(Arc::clone(&transport.hints));
     ctx.tasks.spawn(ctx.stop.clone().run_until_cancelled_owned(following));
 
+    let patience = Patience::new(ctx.stop.clone());
     let deliverer = Arc::new(Deliverer {
         pool: pool.clone(),
         queue: Arc::clone(&transport.queue),
         connections,
         bodies: Bodies::new(pool.clone(), settings.body_cache_bytes),
         webhooks: Box::new(WebhookSink::new(&ctx.config.sink)?),
-        parking: Parking::start(pool, &ctx.tasks),
+        parking: Parking::start(pool, patience.clone(), &ctx.tasks),
+        patience,
         receipts: Receipts::start(
             Arc::clone(&transport.queue),
             settings.receipt_buffer,
@@ -56,11 +60,11 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
         clock: Arc::clone(&ctx.clock),
         random: rand::random::<f64>,
     });
-    let lanes = usize::from(ctx.common.lanes);
-    for number in 0..ctx.common.lanes {
+    let lanes = transport.queue.lanes().await?;
+    for number in 0..lanes {
         let lane = Lane {
             number,
-            in_flight: settings.in_flight / lanes,
+            in_flight: (settings.in_flight / usize::from(lanes)).max(1),
             queue: Arc::clone(&transport.queue),
             deliverer: Arc::clone(&deliverer),
             tasks: ctx.tasks.clone(),

@@ -2,32 +2,47 @@
 //!
 //! A lone request waits for nobody, and under load the groups grow by themselves; no timer decides.
 
+mod plan;
+
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
+    time::Duration,
 };
 
 use bus_core::{
     ids::{EventUid, Ids, KeyId, OrganizationId, OutboxId},
-    matcher::{Snapshot, Subject},
-    pg::{self, Claim, Identity, NewEvent, StoreError, Taken, UniqueKey},
+    launcher::Ctx,
+    matcher::Snapshot,
+    pg::{self, StoreError, UniqueKey},
     telemetry::Chain,
 };
 use metrics::{counter, histogram};
 use sqlx::{PgConnection, PgPool};
 use tokio::sync::{Mutex, mpsc};
-use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
 
+use self::plan::Plan;
 use crate::{
-    config::PublishConfig,
-    fanout::{FanOut, FanOutEvent, FanOuts, Target},
-    ingest::{Accepted, Job, PublishError},
+    config::{PublishConfig, PublisherConfig},
+    fanout::{FanOut, FanOutEvent, FanOuts},
+    ingest::{Accepted, Job, PublishError, RETRY_AFTER},
     snapshots::Snapshots,
 };
 
 /// Requests are put together up to this many bytes of events.
 const MAX_GROUP_BYTES: usize = 8 * 1024 * 1024;
+
+/// The most deliveries of a transaction. One that is larger would hold its locks for too long, and the fan-out
+/// of a whole one is in memory.
+const MAX_MATCHES: usize = 200_000;
+
+/// From so many subscriptions on that are to be looked at, matching takes milliseconds and must not hold up
+/// what else runs on its thread.
+const MANY_CANDIDATES: usize = 5_000;
+
+/// The server ends a statement after its own time limit. What takes so much longer has lost the server.
+const BEYOND_STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Rows of one statement that fills the queue of the Postgres backend.
 const MAX_QUEUED: usize = 5_000;
@@ -50,14 +65,17 @@ pub(crate) struct Committer {
 
 /// Starts the committers. They end, after what was handed in, when the last
 /// [`Ingest`](crate::ingest::Ingest) is gone.
-pub(crate) fn start(tasks: &TaskTracker, committer: Committer, jobs: mpsc::Receiver<Job>) {
+pub(crate) fn start(ctx: &Ctx<PublisherConfig>, committer: Committer, jobs: mpsc::Receiver<Job>) {
     let jobs = Arc::new(Mutex::new(jobs));
+    let limit = Duration::from_millis(ctx.common.postgres.statement_timeout_ms)
+        .saturating_add(BEYOND_STATEMENT_TIMEOUT);
     for _ in 0..committer.config.committers {
         let (committer, jobs) = (committer.clone(), Arc::clone(&jobs));
-        tasks.spawn(async move {
+        ctx.spawn("committer", async move {
             while let Some(group) = gather(&jobs, committer.config.max_group).await {
-                committer.commit(group).await;
+                committer.commit(group, limit).await;
             }
+            Ok(())
         });
     }
 }
@@ -77,6 +95,13 @@ async fn gather(jobs: &Mutex<mpsc::Receiver<Job>>, max_events: usize) -> Option<
     Some(group)
 }
 
+/// What became of a transaction.
+enum Outcome {
+    Committed(Committed),
+    /// It was rolled back: the request at this place of the group alone makes too many deliveries.
+    TooManyDeliveries(usize),
+}
+
 /// What one transaction did.
 struct Committed {
     /// For each job of the group.
@@ -85,31 +110,55 @@ struct Committed {
 }
 
 impl Committer {
-    async fn commit(&self, mut group: Vec<Job>) {
+    async fn commit(&self, mut group: Vec<Job>, limit: Duration) {
         while !group.is_empty() {
-            let (now, later) = without_conflicts(group);
-            self.commit_distinct(now).await;
+            let (now, later) = next_transaction(group, |job| self.candidates(job));
+            self.commit_distinct(now, limit).await;
             group = later;
         }
     }
 
+    /// How many subscriptions are to be looked at for the request, about.
+    fn candidates(&self, job: &Job) -> usize {
+        let types = job.publish.events.iter().map(|event| event.r#type.as_str());
+        self.snapshots.candidates(job.publish.principal.organization, types)
+    }
+
     /// Commits requests that share no key, together if possible.
-    async fn commit_distinct(&self, group: Vec<Job>) {
-        match self.transact(&group).await {
-            Ok(committed) => self.answer(group, committed).await,
+    async fn commit_distinct(&self, group: Vec<Job>, limit: Duration) {
+        match self.settle(group, limit).await {
+            Ok(()) => {}
             // What the database refuses for one request must not fail the others.
-            Err(failed) if group.len() > 1 && !failed.is_unavailable() => {
+            Err((group, failed)) if group.len() > 1 && !failed.is_unavailable() => {
                 warn!(error = %Chain(&failed), requests = group.len(), "A group failed; each request is tried alone");
                 for job in group {
-                    let alone = vec![job];
-                    match self.transact(&alone).await {
-                        Ok(committed) => self.answer(alone, committed).await,
-                        Err(failed) => refuse(alone, failed),
+                    if let Err((alone, failed)) = self.settle(vec![job], limit).await {
+                        refuse(alone, failed);
                     }
                 }
             }
-            Err(failed) => refuse(group, failed),
+            Err((group, failed)) => refuse(group, failed),
         }
+    }
+
+    /// Commits the group and answers, without those requests that make too many deliveries. Gives back what is
+    /// unanswered if that fails.
+    async fn settle(&self, mut group: Vec<Job>, limit: Duration) -> Result<(), (Vec<Job>, StoreError)> {
+        while !group.is_empty() {
+            match self.transact(&group, limit).await {
+                Ok(Outcome::Committed(committed)) => {
+                    self.answer(group, committed).await;
+                    break;
+                }
+                Ok(Outcome::TooManyDeliveries(index)) => {
+                    let refused = Err(PublishError::TooManyDeliveries { limit: MAX_MATCHES });
+                    // A client that went away needs no answer.
+                    let _ = group.remove(index).answer.send(refused);
+                }
+                Err(failed) => return Err((group, failed)),
+            }
+        }
+        Ok(())
     }
 
     async fn answer(&self, group: Vec<Job>, committed: Committed) {
@@ -119,22 +168,32 @@ impl Committer {
         }
         crate::fault::point("publisher.before-fan-out").await;
         if let Some(fan_out) = committed.fan_out {
-            self.fanouts.submit(fan_out);
+            self.fanouts.submit(fan_out).await;
         }
     }
 
-    async fn transact(&self, group: &[Job]) -> Result<Committed, StoreError> {
+    async fn transact(&self, group: &[Job], limit: Duration) -> Result<Outcome, StoreError> {
         let mut tries = 1;
         loop {
-            match self.try_transact(group).await {
+            let mut connection = pg::acquire(&self.pool).await?;
+            let result = within(limit, self.try_transact(&mut connection, group)).await;
+            if matches!(result, Err(StoreError::TimedOut { .. })) {
+                // Whatever it waits for, the next user of the connection would wait for it too.
+                connection.close_on_drop();
+            }
+            match result {
                 Err(failed) if failed.is_conflict() && tries < TRIES => tries += 1,
                 result => return result,
             }
         }
     }
 
-    async fn try_transact(&self, group: &[Job]) -> Result<Committed, StoreError> {
-        let mut transaction = pg::begin(&self.pool).await?;
+    async fn try_transact(
+        &self,
+        connection: &mut PgConnection,
+        group: &[Job],
+    ) -> Result<Outcome, StoreError> {
+        let mut transaction = pg::begin_on(connection).await?;
         let snapshots = self.snapshots(&mut transaction, group).await?;
         let mut plan = Plan::new(group, &snapshots);
         let window = self.config.dedup_window_s;
@@ -156,7 +215,16 @@ impl Committer {
         } else {
             pg::read_identities(&mut transaction, &repeated).await?
         };
-        let (events, fan_out) = plan.new_events(&snapshots);
+        let candidates = group.iter().map(|job| self.candidates(job)).fold(0, usize::saturating_add);
+        let matched = if candidates > MANY_CANDIDATES {
+            tokio::task::block_in_place(|| plan.new_events(&snapshots, MAX_MATCHES))
+        } else {
+            plan.new_events(&snapshots, MAX_MATCHES)
+        };
+        let (events, fan_out) = match matched {
+            Ok(new) => new,
+            Err(index) => return Ok(Outcome::TooManyDeliveries(index)),
+        };
         if !events.is_empty() {
             pg::insert_events(&mut transaction, &events).await?;
         }
@@ -164,7 +232,7 @@ impl Committer {
         pg::commit(transaction).await?;
         counter!("bus_events_published").increment(events.len() as u64);
         histogram!("bus_publish_group_events").record(u32::try_from(events.len()).unwrap_or(u32::MAX));
-        Ok(Committed { answers: plan.answers(&first), fan_out })
+        Ok(Outcome::Committed(Committed { answers: plan.answers(&first), fan_out }))
     }
 
     /// The organization's subscriptions for each valid key of the group, as new as this transaction.
@@ -214,221 +282,78 @@ impl Committer {
     }
 }
 
-/// Requests that share a key with an earlier one of the group wait for the next transaction, where they
-/// find what the earlier one has committed.
-fn without_conflicts(group: Vec<Job>) -> (Vec<Job>, Vec<Job>) {
+/// The requests of the next transaction, and those that wait for a later one: those that share a key with an
+/// earlier one of the group, since they are to find what that one has committed; and those with which the
+/// transaction might become too large.
+fn next_transaction(group: Vec<Job>, candidates: impl Fn(&Job) -> usize) -> (Vec<Job>, Vec<Job>) {
     let mut seen = HashSet::new();
+    let mut matches = Budget::default();
     group.into_iter().partition(|job| {
         let keys: HashSet<UniqueKey> = job.keys().collect();
-        let distinct = keys.is_disjoint(&seen);
-        if distinct {
+        let takes = keys.is_disjoint(&seen) && matches.takes(candidates(job));
+        if takes {
             seen.extend(keys);
         }
-        distinct
+        takes
     })
+}
+
+/// What is left of a transaction's deliveries. The first request is always taken.
+#[derive(Default)]
+struct Budget(Option<usize>);
+
+impl Budget {
+    fn takes(&mut self, matches: usize) -> bool {
+        let left = self.0.map_or(Some(MAX_MATCHES.saturating_sub(matches)), |left| left.checked_sub(matches));
+        self.0 = left.or(self.0);
+        left.is_some()
+    }
+}
+
+/// The operation's result, or an error if it takes longer than `limit`. It is not known then whether it took
+/// effect.
+async fn within<T>(
+    limit: Duration,
+    operation: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StoreError> {
+    let timed_out = |_| StoreError::TimedOut { operation: "publish events" };
+    tokio::time::timeout(limit, operation).await.map_err(timed_out)?
 }
 
 fn refuse(group: Vec<Job>, failed: StoreError) {
     error!(error = %Chain(&failed), requests = group.len(), "Events not published");
+    let interrupted = matches!(failed, StoreError::TimedOut { .. });
     let failed = Arc::new(failed);
     for job in group {
-        // A client that went away needs no answer.
-        let _ = job.answer.send(Err(PublishError::Store(Arc::clone(&failed))));
-    }
-}
-
-/// What is to become of one request's events.
-enum Fate {
-    /// The whole request is refused.
-    Refused(PublishError),
-    /// The whole request is a repetition of one that stored these.
-    Repeated(Vec<EventUid>),
-    /// For each event: itself if new, or the uid of the one that it repeats.
-    Events(Vec<Option<EventUid>>),
-}
-
-/// The fate of every event of a group, settled step by step within the transaction.
-struct Plan<'a> {
-    group: &'a [Job],
-    fates: Vec<Fate>,
-}
-
-impl<'a> Plan<'a> {
-    fn new(group: &'a [Job], valid: &HashMap<KeyId, (OrganizationId, Arc<Snapshot>)>) -> Self {
-        let fates = group
-            .iter()
-            .map(|job| {
-                if valid.contains_key(&job.publish.principal.key) {
-                    Fate::Events(vec![None; job.publish.events.len()])
-                } else {
-                    Fate::Refused(PublishError::KeyRevoked)
-                }
-            })
-            .collect();
-        Self { group, fates }
-    }
-
-    fn live(&self) -> impl Iterator<Item = &'a Job> {
-        self.group
-            .iter()
-            .zip(&self.fates)
-            .filter(|(_, fate)| matches!(fate, Fate::Events(_)))
-            .map(|(job, _)| job)
-    }
-
-    fn idempotency_claims(&self) -> Vec<Claim> {
-        self.live().filter_map(Job::idempotency_claim).collect()
-    }
-
-    fn settle_repeated_requests(&mut self, taken: &HashMap<UniqueKey, Taken>) {
-        for (job, fate) in self.group.iter().zip(&mut self.fates) {
-            let Some(claim) = job.idempotency_claim() else { continue };
-            let (Some(taken), Fate::Events(_)) = (taken.get(&claim.key), &*fate) else { continue };
-            let same = taken.fingerprint.as_deref() == claim.fingerprint.as_ref().map(|f| &f[..]);
-            *fate = if same {
-                Fate::Repeated(taken.events.clone())
-            } else {
-                Fate::Refused(PublishError::IdempotencyMismatch)
-            };
-        }
-    }
-
-    /// One claim for each distinct named event; within a request the first of equals has it.
-    fn event_claims(&self) -> Vec<Claim> {
-        let mut seen = HashSet::new();
-        let mut claims = Vec::new();
-        for job in self.live() {
-            for (index, uid) in job.publish.uids.iter().enumerate() {
-                let Some(key) = job.event_key(index) else { continue };
-                if seen.insert(key.clone()) {
-                    claims.push(Claim { key, events: vec![*uid], fingerprint: None });
-                }
-            }
-        }
-        claims
-    }
-
-    /// Returns the idempotency keys whose requests hold events that were published before, with the
-    /// events that they stand for now.
-    fn settle_repeated_events(
-        &mut self,
-        taken: &HashMap<UniqueKey, Taken>,
-    ) -> Vec<(UniqueKey, Vec<EventUid>)> {
-        let mut amended = Vec::new();
-        for (job, fate) in self.group.iter().zip(&mut self.fates) {
-            let Fate::Events(events) = fate else { continue };
-            let mut first: HashMap<UniqueKey, EventUid> = HashMap::new();
-            for (index, uid) in job.publish.uids.iter().enumerate() {
-                let Some(key) = job.event_key(index) else { continue };
-                let before = taken.get(&key).and_then(|taken| taken.events.first());
-                events[index] = before.or(first.get(&key)).copied();
-                first.entry(key).or_insert(*uid);
-            }
-            if let Some(claim) = job.idempotency_claim().filter(|_| events.iter().any(Option::is_some)) {
-                let stands_for = events.iter().zip(&claim.events).map(|(before, own)| before.unwrap_or(*own));
-                amended.push((claim.key, stands_for.collect()));
-            }
-        }
-        amended
-    }
-
-    /// Events of earlier transactions that this group's answers speak of.
-    fn repeated(&self) -> Vec<EventUid> {
-        let mut uids = Vec::new();
-        for fate in &self.fates {
-            match fate {
-                Fate::Refused(_) => {}
-                Fate::Repeated(events) => uids.extend(events),
-                Fate::Events(events) => uids.extend(events.iter().flatten()),
-            }
-        }
-        uids
-    }
-
-    /// The events to store, each with its matches, and those of them that have any.
-    fn new_events(
-        &self,
-        snapshots: &HashMap<KeyId, (OrganizationId, Arc<Snapshot>)>,
-    ) -> (Vec<NewEvent>, Vec<FanOutEvent>) {
-        let (mut stored, mut fan_out) = (Vec::new(), Vec::new());
-        for (job, fate) in self.group.iter().zip(&self.fates) {
-            let (Fate::Events(fates), Some((organization, snapshot))) =
-                (fate, snapshots.get(&job.publish.principal.key))
-            else {
-                continue;
-            };
-            for (index, fate) in fates.iter().enumerate() {
-                if fate.is_some() {
-                    continue;
-                }
-                let (uid, body) = (job.publish.uids[index], &job.bodies[index]);
-                let event = &job.publish.events[index];
-                let publisher = job.publish.principal.connection;
-                let subject = Subject { event_type: &event.r#type, publisher, payload: event.json_payload() };
-                let targets: Vec<Target> = snapshot.matching(subject).into_iter().map(Target::from).collect();
-                stored.push(NewEvent {
-                    uid,
-                    organization: *organization,
-                    id: event.id.clone(),
-                    source: event.source.clone(),
-                    r#type: event.r#type.clone(),
-                    subject: event.subject.clone(),
-                    time: event.time.unwrap_or(job.publish.at),
-                    publisher,
-                    subscriptions: targets.iter().map(|target| target.subscription).collect(),
-                    body: body.clone(),
-                });
-                if !targets.is_empty() {
-                    fan_out.push(FanOutEvent {
-                        uid,
-                        organization: *organization,
-                        body: body.clone(),
-                        targets,
-                    });
-                }
-            }
-        }
-        (stored, fan_out)
-    }
-
-    fn answers(self, first: &HashMap<EventUid, Identity>) -> Vec<Result<Vec<Accepted>, PublishError>> {
-        let repeated = |uid: &EventUid| {
-            first.get(uid).map(|identity| Accepted { identity: identity.clone(), duplicate: true })
+        let refused = if interrupted {
+            PublishError::Interrupted { retry_after: RETRY_AFTER }
+        } else {
+            PublishError::Store(Arc::clone(&failed))
         };
-        self.group
-            .iter()
-            .zip(self.fates)
-            .map(|(job, fate)| match fate {
-                Fate::Refused(error) => Err(error),
-                // One that has expired since is left out: there is nothing to say about it.
-                Fate::Repeated(events) => Ok(events.iter().filter_map(repeated).collect()),
-                Fate::Events(events) => Ok(events
-                    .iter()
-                    .enumerate()
-                    .map(|(index, before)| {
-                        let own = |duplicate| Accepted { identity: identity(job, index), duplicate };
-                        match before {
-                            None => own(false),
-                            Some(uid) => repeated(uid).unwrap_or_else(|| {
-                                let mut accepted = own(true);
-                                accepted.identity.uid = *uid;
-                                accepted
-                            }),
-                        }
-                    })
-                    .collect()),
-            })
-            .collect()
+        // A client that went away needs no answer.
+        let _ = job.answer.send(Err(refused));
     }
 }
 
-fn identity(job: &Job, index: usize) -> Identity {
-    let event = &job.publish.events[index];
-    Identity {
-        uid: job.publish.uids[index],
-        id: event.id.clone(),
-        source: event.source.clone(),
-        r#type: event.r#type.clone(),
-        time: event.time.unwrap_or(job.publish.at),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transaction_takes_the_first_request_and_then_what_fits() {
+        let mut budget = Budget::default();
+        let taken = [MAX_MATCHES - 10, 11, 10, 1, 0].map(|matches| budget.takes(matches));
+        assert_eq!(taken, [true, false, true, false, true]);
+        let mut budget = Budget::default();
+        let taken = [MAX_MATCHES * 2, 1, 0].map(|matches| budget.takes(matches));
+        assert_eq!(taken, [true, false, true]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_database_that_does_not_answer_is_given_up() {
+        let limit = Duration::from_secs(40);
+        let failed = within(limit, std::future::pending::<Result<(), _>>()).await.expect_err("it never ends");
+        assert!(matches!(failed, StoreError::TimedOut { .. }) && failed.is_unavailable());
+        assert!(!failed.is_conflict(), "a repetition is the client's decision");
     }
 }

@@ -3,28 +3,43 @@
 //! Nothing here has to succeed. The outbox row is in the events' own transaction; a fan-out that fails,
 //! does not fit, or dies with the process is taken over by a [`relay`](crate::relay).
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bus_core::{
     delivery::DeliveryKey,
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, OutboxId, SubscriptionId},
-    launcher::Ctx,
+    launcher::{BoxError, Ctx},
     matcher::Candidate,
     pg,
-    queue::{DeliveryQueue, Enqueue, QueueError},
+    queue::{Body, DeliveryQueue, Enqueue, QueueError},
     telemetry::Chain,
 };
 use bytes::Bytes;
 use metrics::counter;
 use sqlx::PgPool;
-use tokio::sync::{Semaphore, mpsc};
-use tokio_util::task::TaskTracker;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::warn;
 
 use crate::config::PublisherConfig;
 
 /// Deliveries that are handed to the queue at a time; bounds memory where an event has many targets.
 const CHUNK: usize = 1_000;
+
+/// How long a committer waits for room, at most.
+const WAIT_FOR_ROOM: Duration = Duration::from_secs(1);
+
+/// Between two tries to mark finished rows.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Finished rows are marked together, at most this long after the first.
 const FINISH_EVERY: Duration = Duration::from_millis(100);
@@ -84,25 +99,36 @@ pub(crate) struct FanOuts {
     room: Arc<Semaphore>,
     tasks: TaskTracker,
     finished: mpsc::Sender<OutboxId>,
+    /// The last fan-out succeeded.
+    healthy: Arc<AtomicBool>,
 }
 
 impl FanOuts {
     pub(crate) fn start(ctx: &Ctx<PublisherConfig>, pool: PgPool, queue: Arc<dyn DeliveryQueue>) -> Self {
         let (finished, rows) = mpsc::channel(CHUNK);
-        ctx.tasks.spawn(mark_finished(pool, rows));
+        ctx.spawn("finished fan-outs", mark_finished(pool, rows, ctx.stop.clone()));
         let room = Arc::new(Semaphore::new(ctx.config.publish.fan_outs));
-        Self { queue, room, tasks: ctx.tasks.clone(), finished }
+        Self { queue, room, tasks: ctx.tasks.clone(), finished, healthy: Arc::new(AtomicBool::new(true)) }
     }
 
-    /// Starts a fan-out if there is room; if not, its outbox row is left to the relay.
-    pub(crate) fn submit(&self, fan_out: FanOut) {
-        let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() else {
+    /// Starts a fan-out. While there is no room the committer waits, and with it those who publish; but not
+    /// for a broker that is away: then the outbox row is left to the relay.
+    pub(crate) async fn submit(&self, fan_out: FanOut) {
+        let room = Arc::clone(&self.room);
+        let permit = if self.healthy.load(Ordering::Relaxed) {
+            timeout(WAIT_FOR_ROOM, room.acquire_owned()).await.ok().and_then(Result::ok)
+        } else {
+            room.try_acquire_owned().ok()
+        };
+        let Some(permit) = permit else {
             counter!("bus_fan_outs", "by" => "left_to_relay").increment(1);
             return;
         };
         let this = self.clone();
         self.tasks.spawn(async move {
-            match this.run(&fan_out.events).await {
+            let result = this.run(&fan_out.events).await;
+            this.healthy.store(result.is_ok(), Ordering::Relaxed);
+            match result {
                 Ok(()) => {
                     counter!("bus_fan_outs", "by" => "publisher").increment(1);
                     // Unmarked, the row is fanned out again by the relay, and the queue drops the repeats.
@@ -120,8 +146,9 @@ impl FanOuts {
     async fn run(&self, events: &[FanOutEvent]) -> Result<(), QueueError> {
         let mut chunks = Chunks::new(self.queue.as_ref());
         for event in events {
+            let body = Body::bounded(&event.body);
             for target in &event.targets {
-                chunks.push(event.delivery(target), &event.body).await?;
+                chunks.push(event.delivery(target), &body).await?;
             }
         }
         chunks.finish().await
@@ -139,7 +166,7 @@ impl<'q> Chunks<'q> {
         Self { queue, chunk: Vec::new() }
     }
 
-    pub(crate) async fn push(&mut self, key: DeliveryKey, body: &Bytes) -> Result<(), QueueError> {
+    pub(crate) async fn push(&mut self, key: DeliveryKey, body: &Body) -> Result<(), QueueError> {
         self.chunk.push(Enqueue { key, attempts: 0, body: body.clone() });
         if self.chunk.len() == CHUNK { self.send().await } else { Ok(()) }
     }
@@ -157,20 +184,35 @@ impl<'q> Chunks<'q> {
     }
 }
 
-async fn mark_finished(pool: PgPool, mut rows: mpsc::Receiver<OutboxId>) {
+/// Marks rows, and insists: a row that stays unmarked is fanned out again, and after the broker's duplicate
+/// window the subscribers would get it twice.
+async fn mark_finished(
+    pool: PgPool,
+    mut rows: mpsc::Receiver<OutboxId>,
+    stop: CancellationToken,
+) -> Result<(), BoxError> {
     let mut batch = Vec::new();
     while rows.recv_many(&mut batch, CHUNK).await > 0 {
         if batch.len() < CHUNK {
-            tokio::time::sleep(FINISH_EVERY).await;
+            stop.run_until_cancelled(sleep(FINISH_EVERY)).await;
             while batch.len() < CHUNK
                 && let Ok(row) = rows.try_recv()
             {
                 batch.push(row);
             }
         }
-        if let Err(failed) = pg::finish_outbox(&pool, &batch).await {
-            warn!(error = %Chain(&failed), rows = batch.len(), "Finished fan-outs not marked; the relay repeats them");
+        let mut said = false;
+        while let Err(failed) = pg::finish_outbox(&pool, &batch).await {
+            if !said {
+                warn!(error = %Chain(&failed), rows = batch.len(), "Finished fan-outs are not marked yet");
+                said = true;
+            }
+            if stop.run_until_cancelled(sleep(AGAIN)).await.is_none() {
+                warn!(rows = batch.len(), "Finished fan-outs stay unmarked; a relay repeats them");
+                break;
+            }
         }
         batch.clear();
     }
+    Ok(())
 }

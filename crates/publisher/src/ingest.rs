@@ -19,8 +19,8 @@ const UNIT: usize = 1024;
 /// What an event costs besides its body, bytes.
 const OVERHEAD: usize = 512;
 
-/// Tell a client to come back after this time when there is no room.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Tell a client to come back after this time when there is no room, or its request was interrupted.
+pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// One request to publish.
 #[derive(Debug, Clone)]
@@ -57,7 +57,8 @@ pub struct Accepted {
     pub duplicate: bool,
 }
 
-/// Why a request was not published. Nothing of it was, unless `Unavailable`: then it is not known.
+/// Why a request was not published. Nothing of it was, unless it is `Interrupted`, or `Store` with an error
+/// that [is "unavailable"](StoreError::is_unavailable): then it is not known.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PublishError {
     /// The API key was revoked or has expired.
@@ -69,6 +70,18 @@ pub enum PublishError {
     /// Too much is waiting.
     #[error("too many events wait for their commit")]
     Busy {
+        /// When to try again.
+        retry_after: Duration,
+    },
+    /// The events would make too many deliveries for one transaction.
+    #[error("the request would make more than {limit} deliveries")]
+    TooManyDeliveries {
+        /// The most deliveries of a request.
+        limit: usize,
+    },
+    /// The committer died or the database did not answer in time; the events may be published or not.
+    #[error("it is not known whether the events were published")]
+    Interrupted {
         /// When to try again.
         retry_after: Duration,
     },
@@ -153,7 +166,58 @@ impl Ingest {
         let (answer, result) = oneshot::channel();
         let job = Job { publish, bodies, answer, _memory: memory };
         self.jobs.send(job).await.map_err(|_| busy())?;
-        // A committer that died with the request leaves no answer; its transaction is rolled back.
-        result.await.map_err(|_| busy())?
+        // A committer that died with the request leaves no answer, and may have died after the commit.
+        result.await.map_err(|_| PublishError::Interrupted { retry_after: RETRY_AFTER })?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bus_core::{
+        ids::{KeyId, OrganizationId},
+        pg::Scopes,
+    };
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::config::PublisherConfig;
+
+    #[tokio::test]
+    async fn a_request_whose_committer_died_is_not_said_to_be_unpublished() {
+        let environment = [("DATABASE_URL", "postgres://localhost/bus"), ("NATS_URL", "nats://localhost")];
+        let environment = environment.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let loaded = bus_core::config::load::<PublisherConfig>(None, environment).expect("the defaults");
+        let (ingest, mut jobs) = Ingest::new(&loaded.config.publish);
+        let event = CloudEvent {
+            id: "1".into(),
+            source: "/shop".into(),
+            r#type: "t".into(),
+            subject: None,
+            time: None,
+            datacontenttype: None,
+            dataschema: None,
+            extensions: std::collections::BTreeMap::new(),
+            data: None,
+        };
+        let publish = Publish {
+            principal: Principal {
+                key: KeyId(Uuid::nil()),
+                organization: OrganizationId(Uuid::nil()),
+                connection: None,
+                scopes: Scopes::default(),
+            },
+            at: Timestamp::UNIX_EPOCH,
+            events: vec![event],
+            explicit_id: vec![true],
+            uids: vec![EventUid(Uuid::nil())],
+            idempotency: None,
+        };
+        let committer = async { drop(jobs.recv().await.expect("the request")) };
+        let (answer, ()) = tokio::join!(ingest.publish(publish.clone()), committer);
+        assert!(matches!(answer, Err(PublishError::Interrupted { .. })), "{answer:?}");
+        // Without any committer nothing can have been published.
+        drop(jobs);
+        let answer = ingest.publish(publish).await;
+        assert!(matches!(answer, Err(PublishError::Busy { .. })), "{answer:?}");
     }
 }

@@ -22,7 +22,8 @@ use bus_core::{
     cloudevent::Limits,
     config::Backend,
     launcher::{BoxError, Ctx, Role},
-    pg, supervise,
+    pg,
+    supervise::{self, Broker},
 };
 use secrecy::ExposeSecret as _;
 use sha2::{Digest as _, Sha256};
@@ -32,6 +33,7 @@ use crate::{
     config::PublisherConfig,
     fanout::FanOuts,
     ingest::Ingest,
+    relay::Relay,
     snapshots::Snapshots,
     state::{AppState, Inner},
 };
@@ -46,7 +48,7 @@ pub const ROLE: Role = Role {
 pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
     let listener = ctx.listener("http");
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
-    let Some(transport) = supervise::connect(&ctx, &pool).await? else { return Ok(()) };
+    let Some(transport) = supervise::connect(&ctx, &pool, Broker::Optional).await? else { return Ok(()) };
     let publish = &ctx.config.publish;
     let snapshots = Snapshots::new(pool.clone());
 
@@ -61,12 +63,16 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         queue_in_database: (ctx.common.backend == Backend::Postgres)
             .then(|| (ctx.common.prefix.clone(), ctx.common.lanes)),
     };
-    commit::start(&ctx.tasks, committer, jobs);
+    commit::start(&ctx, committer, jobs);
     let beat = ctx.health.heartbeat("relay", relay::INTERVAL * 60);
-    ctx.spawn(
-        "relay",
-        relay::run(pool.clone(), transport.queue.clone(), publish.clone(), beat, ctx.stop.clone()),
-    );
+    let relay = Relay {
+        pool: pool.clone(),
+        queue: transport.queue.clone(),
+        config: publish.clone(),
+        beat,
+        stop: ctx.stop.clone(),
+    };
+    ctx.spawn("relay", relay.run());
 
     let state = AppState::new(Inner {
         pool,

@@ -136,6 +136,69 @@ async fn an_event_is_published_once_per_source_and_id() {
     bus.stop().await;
 }
 
+/// An index row has at most 2,704 bytes, and repetitive text would be compressed to fit.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_of_any_characters_may_be_as_long_as_it_may() {
+    let bus = Bus::start().await;
+    let tenant = bus.tenant("acme").await;
+    let source = common::ideographs(1_024);
+    let event = json!({ "specversion": "1.0", "id": "e1", "source": source, "type": "t" });
+    let first = structured(&tenant.api, &event).await.expect(202);
+    let again = structured(&tenant.api, &event).await.expect(202);
+    assert_eq!(again.text("/uid"), first.text("/uid"));
+    assert_eq!(again.body["duplicate"], true);
+    // Where the source ends and the id begins makes a difference.
+    for (source, id) in [("/a", "bc"), ("/ab", "c"), ("/a\u{fe}b", "c"), ("/a", "\u{fe}bc")] {
+        let event = json!({ "specversion": "1.0", "id": id, "source": source, "type": "t" });
+        let reply = structured(&tenant.api, &event).await.expect(202);
+        assert_eq!(reply.body.get("duplicate"), None, "{source} {id}");
+    }
+    bus.stop().await;
+}
+
+/// I10: what one request sets going is bounded, and what is refused leaves no trace.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_makes_too_many_deliveries_is_refused_whole() {
+    let bus = Bus::start().await;
+    let tenant = bus.tenant("acme").await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    tenant.webhook("hook").await;
+    // 5,000 connections with two subscriptions each, all of which match.
+    sqlx::query(
+        "WITH receivers AS (
+             INSERT INTO connections (id, organization_id, name, kind, url, secret)
+             SELECT gen_random_uuid(), organization_id, 'copy ' || n, kind, url, secret
+               FROM connections, generate_series(1, 5000) AS n
+             RETURNING id, organization_id
+         )
+         INSERT INTO subscriptions (id, organization_id, connection_id, event_type)
+         SELECT gen_random_uuid(), organization_id, id, pattern
+           FROM receivers, unnest(ARRAY['many.>', '>']) AS pattern",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    let batch = |events: usize| -> Value {
+        (0..events).map(|n| json!({ "type": "many.one.two", "id": format!("e{n}") })).collect()
+    };
+    let refused = problem(&tenant.api.post(EVENTS, batch(21)).await, 413, "too-large");
+    assert!(refused["detail"].as_str().unwrap().contains("split the batch"), "{refused:#}");
+    assert!(tenant.api.all(EVENTS, 50).await.is_empty());
+    // A part of it is as new as if nothing had been tried, and requests beside each other do not add up.
+    let parts = (0..3).map(|n| {
+        let api = tenant.api.clone();
+        let part = json!({ "type": "many.one.two", "id": format!("e{n}") });
+        async move { api.post(EVENTS, part).await.expect(202) }
+    });
+    for reply in futures::future::join_all(parts).await {
+        assert_eq!(reply.body.get("duplicate"), None);
+    }
+    let queued: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM delivery_queue").fetch_one(&pool).await.unwrap();
+    assert_eq!(queued, 3 * 10_000);
+    bus.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idempotency_key_publishes_once() {
     let bus = Bus::start().await;

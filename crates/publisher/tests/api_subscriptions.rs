@@ -237,6 +237,86 @@ async fn an_organization_has_a_limit_of_subscriptions() {
     bus.stop().await;
 }
 
+/// An index row has at most 2,704 bytes, and repetitive text would be compressed to fit.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_of_any_characters_may_be_as_long_as_it_may() {
+    let bus = Bus::start().await;
+    let tenant = bus.tenant("acme").await;
+    let connection = tenant.webhook("hook").await;
+    let filter = format!("$['{}']", common::ideographs(1_019));
+    let new = json!({ "connectionId": connection, "eventType": "a", "filter": filter });
+    let created = tenant.api.post("/v1/subscriptions", new.clone()).await.expect(201);
+    assert_eq!(created.body["filter"], filter.as_str());
+    assert_eq!(tenant.api.post("/v1/subscriptions", new).await.expect(200).id(), created.id());
+    bus.stop().await;
+}
+
+/// I10: a tenant's filters are in every publisher's memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_organization_has_a_limit_of_memory_for_filters() {
+    const LIMIT: i64 = 64 * 1024 * 1024;
+    let bus = Bus::start().await;
+    let (tenant, other) = (bus.tenant("acme").await, bus.tenant("other").await);
+    let connection = tenant.webhook("hook").await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let stored = async |id: &str| -> i64 {
+        sqlx::query_scalar("SELECT filter_bytes::bigint FROM subscriptions WHERE id = $1::uuid")
+            .bind(id)
+            .fetch_one(&pool)
+            .await
+            .unwrap()
+    };
+    let bytes = |filter: &str| -> i64 {
+        let filter: bus_core::filter::PayloadFilter = filter.parse().unwrap();
+        filter.memory_bytes().try_into().unwrap()
+    };
+    let (small, large) = ("$.x", r#"$[?match(@.x, "[a-z]{1,40}")]"#);
+    assert!(bytes(large) > bytes(small));
+    let create = async |tenant: &common::Tenant, connection: &str, event_type: &str, filter: Option<&str>| {
+        let new = json!({ "connectionId": connection, "eventType": event_type, "filter": filter });
+        tenant.api.post("/v1/subscriptions", new).await
+    };
+    let first = create(&tenant, &connection, "first", Some(large)).await.expect(201).id().to_owned();
+    assert_eq!(stored(&first).await, bytes(large));
+    let path = format!("/v1/subscriptions/{first}");
+    tenant.api.patch(&path, json!({ "filter": small })).await.is(200);
+    assert_eq!(stored(&first).await, bytes(small));
+    let set = format!("/v1/connections/{connection}/subscriptions");
+    let sync =
+        async |subscriptions: Value| tenant.api.put(&set, json!({ "subscriptions": subscriptions })).await;
+    let synced =
+        sync(json!([{ "eventType": "synced", "filter": large }, { "eventType": "a" }])).await.expect(200);
+    assert_eq!(stored(synced.text("/items/0/id")).await, bytes(large));
+    assert_eq!(stored(synced.text("/items/1/id")).await, 0);
+
+    // As if that one were so large that the small filter just fits.
+    let id = synced.text("/items/0/id").to_owned();
+    sqlx::query("UPDATE subscriptions SET filter_bytes = $2 WHERE id = $1::uuid")
+        .bind(&id)
+        .bind(i32::try_from(LIMIT - bytes(small)).unwrap())
+        .execute(&pool)
+        .await
+        .unwrap();
+    let refused = problem(&create(&tenant, &connection, "b", Some(large)).await, 409, "limit-reached");
+    assert!(refused["detail"].as_str().unwrap().contains("regular expressions"), "{refused:#}");
+    let fits = create(&tenant, &connection, "b", Some(small)).await.expect(201).id().to_owned();
+    let path = format!("/v1/subscriptions/{fits}");
+    problem(&tenant.api.patch(&path, json!({ "filter": large })).await, 409, "limit-reached");
+    assert_eq!(tenant.api.get(&path).await.expect(200).body["filter"], small, "nothing changed");
+    problem(&create(&tenant, &connection, "c", Some(small)).await, 409, "limit-reached");
+    create(&tenant, &connection, "c", None).await.is(201);
+    tenant.api.patch(&path, json!({ "enabled": false })).await.is(200);
+    let kept = json!({ "eventType": "synced", "filter": large });
+    let wanted = |filter: &str| json!([kept, { "eventType": "d", "filter": filter }]);
+    problem(&sync(wanted(large)).await, 409, "limit-reached");
+    sync(wanted(small)).await.is(200);
+    // What is deleted does not count, nor does what others have.
+    create(&other, &other.webhook("hook").await, "a", Some(large)).await.is(201);
+    tenant.api.delete(&format!("/v1/subscriptions/{id}")).await.is(204);
+    create(&tenant, &connection, "e", Some(large)).await.is(201);
+    bus.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn explain_says_which_match_and_why_the_others_do_not() {
     let bus = Bus::start().await;

@@ -187,6 +187,9 @@ where
         .install_default()
         .map_err(|_| "a TLS provider was installed before the launcher's")?;
     let metrics = telemetry::init_metrics()?;
+    // A worker holds a socket per attempt and per idle connection; the usual soft limit of 1,024 would run
+    // out and look like the subscribers' fault.
+    let files = rlimit::increase_nofile_limit(u64::MAX)?;
     let health = Health::default();
 
     // Every port before any work, so that a port that is taken is a start that failed.
@@ -205,6 +208,7 @@ where
         revision = REVISION,
         schema = crate::pg::MIGRATOR.iter().map(|migration| migration.version).max(),
         addresses = ?addresses,
+        files,
         config = ?shown,
         "Starting"
     );

@@ -9,6 +9,7 @@ use super::{During as _, StoreError, publish::seconds};
 use crate::{
     delivery::DeliveryKey,
     ids::{DeliveryId, EventUid},
+    queue::{Body, MAX_INLINE},
 };
 
 /// A retry that waits longer than the queue should hold it.
@@ -31,8 +32,8 @@ pub struct Due {
     pub key: DeliveryKey,
     /// Attempts made so far.
     pub attempts: u32,
-    /// The event's bytes; `None` if it has expired meanwhile.
-    pub body: Option<Bytes>,
+    /// The event's bytes, as far as the queue carries them; `None` if it has expired meanwhile.
+    pub body: Option<Body>,
 }
 
 /// A delivery that is given up.
@@ -103,10 +104,12 @@ pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due
          FROM due
          WHERE p.delivery_id = due.delivery_id
          RETURNING p.delivery_id, p.event_uid, p.organization_id, p.subscription_id, p.connection_id,
-                   p.connection_version, p.attempts, (SELECT e.body FROM events e WHERE e.uid = p.event_uid) AS body",
+                   p.connection_version, p.attempts, EXISTS (SELECT FROM events e WHERE e.uid = p.event_uid) AS stored,
+                   (SELECT e.body FROM events e WHERE e.uid = p.event_uid AND octet_length(e.body) <= $3) AS body",
     )
     .bind(i64::from(limit))
     .bind(seconds(lease_s))
+    .bind(i32::try_from(MAX_INLINE).unwrap_or(i32::MAX))
     .fetch_all(pool)
     .await
     .during(OPERATION)?;
@@ -114,6 +117,8 @@ pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due
 }
 
 fn due(row: &sqlx::postgres::PgRow) -> Result<Due, sqlx::Error> {
+    let body: Option<Vec<u8>> = row.try_get("body")?;
+    let stored: bool = row.try_get("stored")?;
     Ok(Due {
         key: DeliveryKey {
             id: DeliveryId(row.try_get("delivery_id")?),
@@ -124,7 +129,7 @@ fn due(row: &sqlx::postgres::PgRow) -> Result<Due, sqlx::Error> {
             connection_version: row.try_get("connection_version")?,
         },
         attempts: u32::try_from(row.try_get::<i32, _>("attempts")?).unwrap_or(0),
-        body: row.try_get::<Option<Vec<u8>>, _>("body")?.map(Bytes::from),
+        body: body.map(|body| Body::Inline(body.into())).or_else(|| stored.then_some(Body::Stored)),
     })
 }
 

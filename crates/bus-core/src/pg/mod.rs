@@ -18,7 +18,7 @@ mod subscriptions;
 use std::time::Duration;
 
 use sqlx::{
-    PgPool, Postgres, Transaction,
+    Connection as _, PgConnection, PgPool, Postgres, Transaction,
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
@@ -45,6 +45,12 @@ pub enum StoreError {
         #[source]
         source: sqlx::Error,
     },
+    /// The database did not answer in time; it is not known whether the operation took effect.
+    #[error("{operation}: no answer in time")]
+    TimedOut {
+        /// What was being done.
+        operation: &'static str,
+    },
     /// A stored row does not fit its type; somebody wrote around the program.
     #[error("{table} {id}: {problem}")]
     Inconsistent {
@@ -68,10 +74,14 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether the database refused for want of a connection or because it is shutting down, so that
-    /// the same call may succeed later.
+    /// Whether the database refused for want of a connection or because it is shutting down, or did not
+    /// answer, so that the same call may succeed later.
     pub fn is_unavailable(&self) -> bool {
-        let Self::Database { source, .. } = self else { return false };
+        let source = match self {
+            Self::Database { source, .. } => source,
+            Self::TimedOut { .. } => return true,
+            Self::Inconsistent { .. } | Self::Schema { .. } => return false,
+        };
         match source {
             sqlx::Error::Io(_)
             | sqlx::Error::Tls(_)
@@ -145,8 +155,13 @@ pub async fn begin(pool: &PgPool) -> Result<Transaction<'static, Postgres>, Stor
     pool.begin().await.during("begin a transaction")
 }
 
+/// A transaction on a connection that the caller keeps; rolled back when dropped without a commit.
+pub async fn begin_on(connection: &mut PgConnection) -> Result<Transaction<'_, Postgres>, StoreError> {
+    connection.begin().await.during("begin a transaction")
+}
+
 /// Commits. After an error it is not known whether the transaction took place.
-pub async fn commit(transaction: Transaction<'static, Postgres>) -> Result<(), StoreError> {
+pub async fn commit(transaction: Transaction<'_, Postgres>) -> Result<(), StoreError> {
     transaction.commit().await.during("commit a transaction")
 }
 

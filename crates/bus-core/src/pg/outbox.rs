@@ -5,7 +5,6 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use bytes::Bytes;
 use sqlx::{PgPool, Row as _};
 use uuid::Uuid;
 
@@ -13,6 +12,7 @@ use super::{During as _, StoreError, publish::seconds};
 use crate::{
     delivery::DeliveryKey,
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, OutboxId, SubscriptionId},
+    queue::{Body, MAX_INLINE},
 };
 
 /// An unfinished fan-out that this process now holds.
@@ -53,6 +53,28 @@ pub async fn take_over(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Un
         })
         .collect::<Result<_, _>>()
         .during(OPERATION)
+}
+
+/// Notes how far a fan-out has come: only `left` is still to be done, and the hold is renewed. So a fan-out
+/// that is broken off goes on where it was, instead of repeating what the broker may have forgotten by then.
+pub async fn advance_outbox(
+    pool: &PgPool,
+    row: OutboxId,
+    left: &[EventUid],
+    lease_s: u64,
+) -> Result<(), StoreError> {
+    let left: Vec<Uuid> = left.iter().map(|uid| uid.0).collect();
+    sqlx::query(
+        "UPDATE outbox SET event_uids = $2, lease_until = now() + make_interval(secs => $3)
+         WHERE id = $1 AND finished_at IS NULL",
+    )
+    .bind(row.0)
+    .bind(left)
+    .bind(seconds(lease_s))
+    .execute(pool)
+    .await
+    .during("note a fan-out's progress")?;
+    Ok(())
 }
 
 /// Marks rows as finished: every one of their deliveries is safely in the queue.
@@ -105,8 +127,8 @@ pub async fn outbox_age(pool: &PgPool) -> Result<f64, StoreError> {
 /// An event read again for its fan-out.
 #[derive(Debug, Clone)]
 pub struct StoredFanOut {
-    /// The event's bytes.
-    pub body: Bytes,
+    /// The event's bytes, as far as the queue carries them.
+    pub body: Body,
     /// Its deliveries.
     pub deliveries: Vec<DeliveryKey>,
 }
@@ -117,9 +139,11 @@ pub async fn load_fan_out(pool: &PgPool, events: &[EventUid]) -> Result<Vec<Stor
     const OPERATION: &str = "read a fan-out";
     let uids: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
     let events = sqlx::query(
-        "SELECT uid, organization_id, subscriptions, body FROM events WHERE uid = ANY($1) ORDER BY uid",
+        "SELECT uid, organization_id, subscriptions, CASE WHEN octet_length(body) <= $2 THEN body END AS body
+         FROM events WHERE uid = ANY($1) ORDER BY uid",
     )
     .bind(&uids)
+    .bind(i32::try_from(MAX_INLINE).unwrap_or(i32::MAX))
     .fetch_all(pool)
     .await
     .during(OPERATION)?;
@@ -132,6 +156,7 @@ pub async fn load_fan_out(pool: &PgPool, events: &[EventUid]) -> Result<Vec<Stor
          WHERE e.uid = ANY($1)",
     )
     .bind(&uids)
+    .bind(i32::try_from(MAX_INLINE).unwrap_or(i32::MAX))
     .fetch_all(pool)
     .await
     .during(OPERATION)?;
@@ -150,7 +175,7 @@ fn fan_out(
     let event = EventUid(row.try_get("uid")?);
     let organization = OrganizationId(row.try_get("organization_id")?);
     let subscriptions: Vec<Uuid> = row.try_get("subscriptions")?;
-    let body: Vec<u8> = row.try_get("body")?;
+    let body: Option<Vec<u8>> = row.try_get("body")?;
     let deliveries = subscriptions
         .into_iter()
         .filter_map(|subscription| {
@@ -166,5 +191,5 @@ fn fan_out(
             })
         })
         .collect();
-    Ok(StoredFanOut { body: body.into(), deliveries })
+    Ok(StoredFanOut { body: body.map_or(Body::Stored, |body| Body::Inline(body.into())), deliveries })
 }

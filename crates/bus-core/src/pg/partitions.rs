@@ -8,9 +8,10 @@ use super::{During as _, StoreError};
 /// The tables that are partitioned by day.
 const PARTITIONED: [&str; 2] = ["events", "delivery_attempts"];
 
-/// Creates the partitions of the `days` days after today, so that each is there before its first row.
-/// Today's rows may be in the default partition already, which is why today is not among them. Returns
-/// how many were created; safe to call by any number of processes.
+/// Creates the partitions of the `days` days after today, so that each is there before its first row; the
+/// migration creates those of the first days. Should nobody do it for longer, rows go to the default
+/// partition, and today's is not created behind them. Returns how many were created; safe to call by any
+/// number of processes.
 pub async fn create_partitions(pool: &PgPool, now: Timestamp, days: i32) -> Result<u32, StoreError> {
     let today = now.to_zoned(TimeZone::UTC).date();
     let mut created = 0;

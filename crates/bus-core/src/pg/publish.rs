@@ -1,9 +1,10 @@
 //! The statements of the publish transaction.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, fmt::Write as _};
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use sha2::{Digest as _, Sha256};
 use sqlx::{PgConnection, Row as _};
 use uuid::Uuid;
 
@@ -48,12 +49,23 @@ pub struct UniqueKey {
 }
 
 impl UniqueKey {
-    /// The identity of an event: source and id together (CloudEvents 1.0, "id").
+    /// The identity of an event: source and id together (CloudEvents 1.0, "id"). Hashed, because the two
+    /// may be longer than an index row may be (2,704 bytes); with their lengths, because any character may
+    /// be in either.
     pub fn event(organization: OrganizationId, source: &str, id: &str) -> Self {
-        Self { organization, key: format!("e{source}\u{1f}{id}") }
+        let mut hash = Sha256::new();
+        for part in [source, id] {
+            hash.update((part.len() as u64).to_be_bytes());
+            hash.update(part);
+        }
+        let mut key = String::from("e");
+        for byte in hash.finalize() {
+            write!(key, "{byte:02x}").expect("a String takes everything");
+        }
+        Self { organization, key }
     }
 
-    /// An `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header-07).
+    /// An `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header-07), which is at most 255 bytes.
     pub fn idempotency(organization: OrganizationId, key: &str) -> Self {
         Self { organization, key: format!("i{key}") }
     }

@@ -5,6 +5,7 @@ mod sync;
 
 use std::collections::BTreeSet;
 
+use sha2::{Digest as _, Sha256};
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
@@ -23,6 +24,10 @@ use crate::{
 /// The most subscriptions of one organization. Every publisher holds an organization's subscriptions
 /// in memory while it publishes, so their number needs a bound (invariant I10).
 pub const MAX_SUBSCRIPTIONS: i64 = 10_000;
+
+/// The most memory that the compiled filters of one organization's subscriptions take together, bytes
+/// (invariant I10). A filter takes a few KiB, and one with regular expressions up to about 1 MiB.
+pub const MAX_FILTER_BYTES: i64 = 64 * 1024 * 1024;
 
 /// What a connection wants to receive.
 #[derive(Debug, Clone)]
@@ -48,6 +53,8 @@ pub enum SubscriptionRefused {
     NoSuchPublisher(ConnectionId),
     /// The organization has [`MAX_SUBSCRIPTIONS`] already.
     TooMany,
+    /// The organization's filters would take more than [`MAX_FILTER_BYTES`].
+    FiltersTooLarge,
 }
 
 /// What [`create_subscription`] found.
@@ -145,6 +152,11 @@ impl Wanted {
             self.filter.as_ref().map(ToString::to_string),
         )
     }
+
+    fn filter_bytes(&self) -> i32 {
+        let bytes = self.filter.as_ref().map_or(0, PayloadFilter::memory_bytes);
+        i32::try_from(bytes).unwrap_or(i32::MAX)
+    }
 }
 
 /// Checks that the connection can receive and that the publishers exist, within the organization. The
@@ -184,12 +196,32 @@ async fn check_connections(
     Ok(unknown.map(|id| SubscriptionRefused::NoSuchPublisher(ConnectionId(id))))
 }
 
-async fn count(transaction: &mut PgConnection, organization: OrganizationId) -> Result<i64, StoreError> {
-    sqlx::query_scalar("SELECT count(*) FROM subscriptions WHERE organization_id = $1 AND deleted_at IS NULL")
-        .bind(organization.0)
-        .fetch_one(transaction)
-        .await
-        .during("count the subscriptions of an organization")
+/// What the unique index has in a filter's place.
+fn filter_hash(filter: Option<&str>) -> Option<Vec<u8>> {
+    filter.map(|filter| Sha256::digest(filter).to_vec())
+}
+
+/// Whether the organization has more than it may have, in the transaction that added something. The
+/// caller holds the organization's lock.
+async fn exceeded(
+    transaction: &mut PgConnection,
+    organization: OrganizationId,
+) -> Result<Option<SubscriptionRefused>, StoreError> {
+    let (count, filter_bytes): (i64, i64) = sqlx::query_as(
+        "SELECT count(*), coalesce(sum(filter_bytes), 0)::bigint
+           FROM subscriptions WHERE organization_id = $1 AND deleted_at IS NULL",
+    )
+    .bind(organization.0)
+    .fetch_one(transaction)
+    .await
+    .during("count the subscriptions of an organization")?;
+    Ok(if count > MAX_SUBSCRIPTIONS {
+        Some(SubscriptionRefused::TooMany)
+    } else if filter_bytes > MAX_FILTER_BYTES {
+        Some(SubscriptionRefused::FiltersTooLarge)
+    } else {
+        None
+    })
 }
 
 /// Stores a subscription, or finds the identical one. The unique index decides what is identical.
@@ -209,9 +241,10 @@ pub async fn create_subscription(
     }
     let (event_type, publisher, filter) = wanted.identity();
     let row: Option<SubscriptionRow> = sqlx::query_as(concat!(
-        "INSERT INTO subscriptions (id, organization_id, connection_id, event_type, publisher, filter, enabled)
-         VALUES ($1, $2, $3, $4, $5, $6, $7)
-         ON CONFLICT (connection_id, event_type, publisher, filter) WHERE deleted_at IS NULL DO NOTHING
+        "INSERT INTO subscriptions (id, organization_id, connection_id, event_type, publisher, filter, filter_hash,
+                                    filter_bytes, enabled)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+         ON CONFLICT (connection_id, event_type, publisher, filter_hash) WHERE deleted_at IS NULL DO NOTHING
          RETURNING ",
         columns!()
     ))
@@ -221,6 +254,8 @@ pub async fn create_subscription(
     .bind(&event_type)
     .bind(publisher)
     .bind(&filter)
+    .bind(filter_hash(filter.as_deref()))
+    .bind(wanted.filter_bytes())
     .bind(wanted.enabled)
     .fetch_optional(&mut *transaction)
     .await
@@ -231,19 +266,19 @@ pub async fn create_subscription(
             columns!(),
             " FROM subscriptions
               WHERE connection_id = $1 AND event_type = $2 AND publisher IS NOT DISTINCT FROM $3
-                AND filter IS NOT DISTINCT FROM $4 AND deleted_at IS NULL"
+                AND filter_hash IS NOT DISTINCT FROM $4 AND deleted_at IS NULL"
         ))
         .bind(connection.0)
         .bind(&event_type)
         .bind(publisher)
-        .bind(&filter)
+        .bind(filter_hash(filter.as_deref()))
         .fetch_one(&mut *transaction)
         .await
         .during("read an identical subscription")?;
         return Ok(CreateSubscription::Existing(row.try_into()?));
     };
-    if count(&mut transaction, organization).await? > MAX_SUBSCRIPTIONS {
-        return Ok(CreateSubscription::Refused(SubscriptionRefused::TooMany));
+    if let Some(refused) = exceeded(&mut transaction, organization).await? {
+        return Ok(CreateSubscription::Refused(refused));
     }
     bump_organization(&mut transaction, organization).await?;
     transaction.commit().await.during("commit a new subscription")?;
@@ -352,7 +387,8 @@ pub async fn change_subscription<E>(
     }
     let written: Result<SubscriptionRow, StoreError> = sqlx::query_as(concat!(
         "UPDATE subscriptions
-            SET event_type = $2, publisher = $3, filter = $4, enabled = $5, updated_at = now()
+            SET event_type = $2, publisher = $3, filter = $4, filter_hash = $5, filter_bytes = $6,
+                enabled = $7, updated_at = now()
           WHERE id = $1
           RETURNING ",
         columns!()
@@ -360,7 +396,9 @@ pub async fn change_subscription<E>(
     .bind(id.0)
     .bind(event_type)
     .bind(publisher)
-    .bind(filter)
+    .bind(&filter)
+    .bind(filter_hash(filter.as_deref()))
+    .bind(after.filter_bytes())
     .bind(after.enabled)
     .fetch_one(&mut *transaction)
     .await
@@ -371,6 +409,11 @@ pub async fn change_subscription<E>(
         }
         other => other?,
     };
+    if filter != identity.2
+        && let Some(refused) = exceeded(&mut transaction, organization).await?
+    {
+        return Ok(ChangeSubscription::Refused(refused));
+    }
     bump_organization(&mut transaction, organization).await?;
     transaction.commit().await.during("commit a changed subscription")?;
     Ok(ChangeSubscription::Stored(row.try_into()?))

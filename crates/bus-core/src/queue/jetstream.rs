@@ -1,6 +1,6 @@
 //! The delivery queue on JetStream.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_nats::{
     HeaderMap,
@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{
     StreamExt as _,
-    future::{join_all, try_join_all},
-    stream::{self, BoxStream},
+    future::join_all,
+    stream::{self, BoxStream, FuturesUnordered},
 };
 use tokio::sync::Mutex;
 use tracing::{error, warn};
@@ -25,13 +25,14 @@ use crate::{
     telemetry::Chain,
 };
 
-/// A larger event travels as a reference. NATS refuses messages above its `max_payload`, 1 MiB unless
-/// configured; copies of large bodies would also fill the stream.
-pub const MAX_INLINE: usize = 256 * 1024;
-
 /// A delivery that waits for a negative acknowledgement to expire stays in the consumer's ack-pending
 /// window, so only short waits may.
 const LONGEST_NAK: Duration = Duration::from_secs(5);
+
+/// Publishes of one call that wait for their acknowledgement. An acknowledgement that is out holds a permit
+/// of the client; a call that took more permits while it waits for others would, beside others like it,
+/// wait for ever.
+const WINDOW: usize = 256;
 
 /// Receipts of one message; a receipt is about 300 bytes.
 const RECEIPTS_PER_MESSAGE: usize = 500;
@@ -49,14 +50,13 @@ const STORED: &str = "Bus-Body-Stored";
 pub struct JetStreamQueue {
     nats: Nats,
     lanes: u16,
-    consumers: Arc<Vec<Mutex<Option<PullConsumer>>>>,
+    consumers: Arc<Mutex<HashMap<u16, PullConsumer>>>,
 }
 
 impl JetStreamQueue {
     /// A queue of `lanes` lanes.
     pub fn new(nats: Nats, lanes: u16) -> Self {
-        let consumers = (0..lanes).map(|_| Mutex::new(None)).collect();
-        Self { nats, lanes, consumers: Arc::new(consumers) }
+        Self { nats, lanes, consumers: Arc::default() }
     }
 
     fn message(&self, delivery: &Enqueue) -> (String, PublishMessage) {
@@ -72,39 +72,45 @@ impl JetStreamQueue {
         headers.insert(EVENT, key.event.to_string());
         headers.insert(SUBSCRIPTION, key.subscription.to_string());
         headers.insert(CONNECTION_VERSION, key.connection_version.to_string());
-        let mut body = delivery.body.clone();
-        if body.len() > MAX_INLINE {
-            headers.insert(STORED, "1");
-            body = Bytes::new();
-        }
+        let body = match &delivery.body {
+            Body::Inline(body) => body.clone(),
+            Body::Stored => {
+                headers.insert(STORED, "1");
+                Bytes::new()
+            }
+        };
         (subject, PublishMessage::build().headers(headers).payload(body))
     }
 
     async fn consumer(&self, lane: u16) -> Result<PullConsumer, QueueError> {
-        let mut slot = self.consumers[usize::from(lane)].lock().await;
-        if let Some(consumer) = slot.as_ref() {
+        if let Some(consumer) = self.consumers.lock().await.get(&lane) {
             return Ok(consumer.clone());
         }
         let consumer = self.nats.lane_consumer(lane).await?;
-        Ok(slot.insert(consumer).clone())
+        self.consumers.lock().await.insert(lane, consumer.clone());
+        Ok(consumer)
     }
 
     /// After an error the consumer may be gone; the next pull looks it up, and creates it if it is.
     async fn forget(&self, lane: u16) {
-        *self.consumers[usize::from(lane)].lock().await = None;
+        self.consumers.lock().await.remove(&lane);
     }
 }
 
 #[async_trait]
 impl DeliveryQueue for JetStreamQueue {
     async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError> {
-        let mut acks = Vec::with_capacity(deliveries.len());
+        let mut acks = FuturesUnordered::new();
         for delivery in deliveries {
+            if acks.len() == WINDOW {
+                acks.next().await.transpose().during("enqueue a delivery")?;
+            }
             let (subject, message) = self.message(delivery);
-            // Waits while too many acknowledgements are out: back-pressure, not memory.
-            acks.push(self.nats.jetstream.send_publish(subject, message).await.during("enqueue a delivery")?);
+            let ack =
+                self.nats.jetstream.send_publish(subject, message).await.during("enqueue a delivery")?;
+            acks.push(ack.into_future());
         }
-        try_join_all(acks.into_iter().map(IntoFuture::into_future)).await.during("enqueue a delivery")?;
+        while acks.next().await.transpose().during("enqueue a delivery")?.is_some() {}
         Ok(())
     }
 
@@ -146,13 +152,24 @@ impl DeliveryQueue for JetStreamQueue {
         LONGEST_NAK
     }
 
+    async fn lanes(&self) -> Result<u16, QueueError> {
+        Ok(self
+            .nats
+            .highest_lane()
+            .await?
+            .map_or(self.lanes, |highest| self.lanes.max(highest.saturating_add(1))))
+    }
+
     async fn dead_letter(&self, key: &DeliveryKey, reason: &str, body: &Bytes) -> Result<(), QueueError> {
         let mut headers = HeaderMap::new();
         headers.insert(MESSAGE_ID, format!("dead:{}", key.id));
         headers.insert(EVENT, key.event.to_string());
         headers.insert(SUBSCRIPTION, key.subscription.to_string());
         headers.insert("Bus-Reason", single_line(reason));
-        let body = if body.len() > MAX_INLINE { Bytes::new() } else { body.clone() };
+        let body = match Body::bounded(body) {
+            Body::Inline(body) => body,
+            Body::Stored => Bytes::new(),
+        };
         self.publish(self.nats.names.dead(key.organization, key.connection), headers, body, "dead-letter")
             .await
     }
@@ -172,7 +189,7 @@ impl DeliveryQueue for JetStreamQueue {
     }
 
     async fn prepare(&self) -> Result<(), QueueError> {
-        Ok(self.nats.prepare(self.lanes).await?)
+        Ok(self.nats.prepare().await?)
     }
 }
 
@@ -260,6 +277,10 @@ impl Lease for MessageLease {
 
     async fn retry(self: Box<Self>, wait: Duration) -> Result<(), QueueError> {
         Ok(self.0.ack_with(AckKind::Nak(Some(wait))).await.during("postpone a delivery")?)
+    }
+
+    async fn extend(&self) -> Result<(), QueueError> {
+        Ok(self.0.ack_with(AckKind::Progress).await.during("hold a delivery longer")?)
     }
 }
 

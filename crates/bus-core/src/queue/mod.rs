@@ -12,7 +12,7 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
-    jetstream::{JetStreamQueue, MAX_INLINE},
+    jetstream::JetStreamQueue,
     postgres::{PostgresHints, PostgresQueue},
 };
 use crate::{
@@ -45,6 +45,17 @@ pub enum Body {
     Stored,
 }
 
+impl Body {
+    /// What the queue may carry of an event that the event store holds.
+    pub fn bounded(body: &Bytes) -> Self {
+        if body.len() <= MAX_INLINE { Self::Inline(body.clone()) } else { Self::Stored }
+    }
+}
+
+/// A larger event travels as a reference, bytes. NATS refuses messages above its `max_payload`, 1 MiB
+/// unless configured, and copies of large bodies would fill the stream.
+pub const MAX_INLINE: usize = 256 * 1024;
+
 /// A delivery on its way into the queue.
 #[derive(Debug, Clone)]
 pub struct Enqueue {
@@ -52,8 +63,8 @@ pub struct Enqueue {
     pub key: DeliveryKey,
     /// Attempts made so far.
     pub attempts: u32,
-    /// The event's bytes; shared by the whole fan-out.
-    pub body: Bytes,
+    /// The event's bytes, shared by the whole fan-out.
+    pub body: Body,
 }
 
 /// A delivery that a worker holds. It returns to the queue by itself if the worker dies.
@@ -78,6 +89,9 @@ pub trait Lease: Send + Sync + fmt::Debug {
     /// Give it out again after `wait`, with one more attempt counted. At most
     /// [`DeliveryQueue::longest_wait`].
     async fn retry(self: Box<Self>, wait: Duration) -> Result<(), QueueError>;
+
+    /// It is still being worked on: the hold lasts as long again as from its beginning.
+    async fn extend(&self) -> Result<(), QueueError>;
 }
 
 /// Where deliveries wait for a worker.
@@ -103,6 +117,10 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
     /// The longest wait that [`Lease::retry`] takes; what waits longer is parked.
     fn longest_wait(&self) -> Duration;
 
+    /// How many lanes are to be pulled: those that are configured, and those of an earlier configuration
+    /// that had more, which may still hold deliveries.
+    async fn lanes(&self) -> Result<u16, QueueError>;
+
     /// Reports a dead letter to whoever listens for them. The row in the database is written by the
     /// caller.
     async fn dead_letter(&self, key: &DeliveryKey, reason: &str, body: &Bytes) -> Result<(), QueueError>;
@@ -110,7 +128,7 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
     /// Reports finished attempts to history, without waiting for the archiver.
     async fn receipts(&self, receipts: &[Receipt]) -> Result<(), QueueError>;
 
-    /// Creates what is missing (streams, consumers), waiting for the broker as long as it takes.
+    /// Creates what is missing, waiting for the broker as long as it takes.
     async fn prepare(&self) -> Result<(), QueueError>;
 }
 

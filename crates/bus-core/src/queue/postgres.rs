@@ -156,6 +156,15 @@ impl DeliveryQueue for PostgresQueue {
         Duration::MAX
     }
 
+    async fn lanes(&self) -> Result<u16, QueueError> {
+        let highest: Option<i16> = sqlx::query_scalar("SELECT max(lane) FROM delivery_queue")
+            .fetch_one(&self.pool)
+            .await
+            .during("look for lanes of an earlier configuration")?;
+        let highest = highest.and_then(|lane| u16::try_from(lane).ok());
+        Ok(highest.map_or(self.lanes, |highest| self.lanes.max(highest.saturating_add(1))))
+    }
+
     async fn dead_letter(&self, _: &DeliveryKey, _: &str, _: &Bytes) -> Result<(), QueueError> {
         // The row that the caller writes is the only record without a broker.
         Ok(())
@@ -206,6 +215,20 @@ impl Lease for RowLease {
         .execute(&self.queue.pool)
         .await
         .during("postpone a delivery")?;
+        Ok(())
+    }
+
+    async fn extend(&self) -> Result<(), QueueError> {
+        sqlx::query(
+            "UPDATE delivery_queue SET visible_at = now() + make_interval(secs => $3)
+             WHERE delivery_id = $1 AND lease_token = $2",
+        )
+        .bind(self.delivery.0)
+        .bind(self.token)
+        .bind(self.queue.lease.as_secs_f64())
+        .execute(&self.queue.pool)
+        .await
+        .during("hold a delivery longer")?;
         Ok(())
     }
 }

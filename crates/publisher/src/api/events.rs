@@ -244,6 +244,21 @@ async fn not_published(api: &Api, access: PublishAccess, refused: PublishError) 
         PublishError::Busy { retry_after } => {
             Problem::overloaded("too many events wait for their commit; nothing was published", retry_after)
         }
+        PublishError::TooManyDeliveries { limit } => Problem::new(
+            ProblemType::TooLarge,
+            format!(
+                "the events of this request would make more than {limit} deliveries; nothing was published: split the \
+                 batch and publish its parts one after the other"
+            ),
+        ),
+        PublishError::Interrupted { retry_after } => {
+            let unknown = Problem::new(
+                ProblemType::Unavailable,
+                "publishing was interrupted, and it is not known whether the events were published; repeating the \
+                 request with the same event ids or the same Idempotency-Key is safe and publishes them once",
+            );
+            Problem { retry_after: Some(retry_after), ..unknown }
+        }
         // The committer has logged it, once for all requests that failed together.
         PublishError::Store(cause) => Problem { cause: None, ..Problem::store(cause) },
     }

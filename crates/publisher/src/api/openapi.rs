@@ -128,7 +128,7 @@ problem_sets! {
         UnsupportedMediaType, InvalidFields, Overloaded;
     /// Changing a subscription.
     ResubscribeProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, SubscriptionExists,
-        TooLarge, UnsupportedMediaType, InvalidFields, Overloaded;
+        LimitReached, TooLarge, UnsupportedMediaType, InvalidFields, Overloaded;
     /// Replacing a connection's subscriptions.
     SyncProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, LimitReached, TooLarge,
         UnsupportedMediaType, InvalidFields, Overloaded;

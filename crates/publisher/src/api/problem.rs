@@ -79,11 +79,11 @@ problems! {
     SubscriptionExists "subscription-exists" CONFLICT "There is a subscription like that already"
         "The change would make the subscription equal to another one of its connection.";
     LimitReached "limit-reached" CONFLICT "A limit of the organization is reached"
-        "The organization has the most subscriptions that it can have.";
+        "The organization has the most subscriptions, or the most memory for their filters, that it can have.";
     AmbiguousEvent "ambiguous-event" CONFLICT "Several events have this id"
         "Several events have this CloudEvents id; `uids` names them, newest first, at most 20.";
     TooLarge "too-large" PAYLOAD_TOO_LARGE "The request is too large"
-        "The body, an event, or a batch is larger than its limit.";
+        "The body, an event, or a batch is larger than its limit, or a batch would make too many deliveries.";
     UnsupportedMediaType "unsupported-media-type" UNSUPPORTED_MEDIA_TYPE "The content type is not supported"
         "The operation does not take this `Content-Type`.";
     InvalidFields "invalid-fields" UNPROCESSABLE_ENTITY "Some values cannot be used"

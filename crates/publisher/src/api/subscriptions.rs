@@ -10,7 +10,7 @@ use bus_core::{
     ids::{ConnectionId, SubscriptionId},
     pattern::TypePattern,
     pg::{
-        self, ChangeSubscription, CreateSubscription, MAX_SUBSCRIPTIONS, SubscriptionQuery,
+        self, ChangeSubscription, CreateSubscription, MAX_FILTER_BYTES, MAX_SUBSCRIPTIONS, SubscriptionQuery,
         SubscriptionRefused, Wanted,
     },
     subscription::Subscription,
@@ -155,6 +155,15 @@ pub(super) fn refused(refused: SubscriptionRefused, connection: &str, publisher:
         SubscriptionRefused::TooMany => Problem::new(
             ProblemType::LimitReached,
             format!("an organization has at most {MAX_SUBSCRIPTIONS} subscriptions"),
+        ),
+        SubscriptionRefused::FiltersTooLarge => Problem::new(
+            ProblemType::LimitReached,
+            format!(
+                "the filters of an organization's subscriptions take at most {} MiB of memory together; use fewer or \
+                 smaller regular expressions (`match` and `search`): repetitions such as `{{1,100}}` and classes such \
+                 as `\\p{{L}}` take the most",
+                MAX_FILTER_BYTES / (1024 * 1024)
+            ),
         ),
     }
 }

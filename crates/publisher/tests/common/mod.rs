@@ -17,6 +17,12 @@ static DOCUMENT: LazyLock<Value> = LazyLock::new(|| serde_json::to_value(publish
 /// A URL that is public and never called.
 pub(crate) const URL: &str = "https://receiver.example/hook";
 
+/// So many different characters of three bytes each, in an order that does not compress.
+pub(crate) fn ideographs(count: u32) -> String {
+    // 7,919 is prime to the size of the block, so no character comes twice.
+    (0..count).map(|n| char::from_u32(0x4e00 + n * 7_919 % 20_000).unwrap()).collect()
+}
+
 /// One publisher process.
 pub(crate) struct Bus {
     pub(crate) stack: Stack,

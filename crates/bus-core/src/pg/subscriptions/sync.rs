@@ -6,8 +6,7 @@ use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::{
-    Identity, MAX_SUBSCRIPTIONS, SubscriptionRefused, SubscriptionRow, Wanted, check_connections, columns,
-    count,
+    Identity, SubscriptionRefused, SubscriptionRow, Wanted, check_connections, columns, exceeded, filter_hash,
 };
 use crate::{
     ids::{ConnectionId, OrganizationId, SubscriptionId},
@@ -67,7 +66,7 @@ pub async fn sync_subscriptions(
     for (id, wanted) in wanted {
         let identity = wanted.identity();
         match present.remove(&identity) {
-            None => new.push(*id, identity, wanted.enabled),
+            None => new.push(*id, identity, wanted),
             Some((_, enabled)) if enabled == wanted.enabled => synced.unchanged += 1,
             Some((id, _)) => if wanted.enabled { &mut enable } else { &mut disable }.push(id),
         }
@@ -77,9 +76,10 @@ pub async fn sync_subscriptions(
         (new.ids.len(), enable.len() + disable.len(), gone.len());
     if synced.created + synced.updated + synced.deleted > 0 {
         write_sync(&mut transaction, organization, connection, new, &enable, &disable, &gone).await?;
-        if synced.created > synced.deleted && count(&mut transaction, organization).await? > MAX_SUBSCRIPTIONS
+        if synced.created > 0
+            && let Some(refused) = exceeded(&mut transaction, organization).await?
         {
-            return Ok(SyncSubscriptions::Refused(SubscriptionRefused::TooMany));
+            return Ok(SyncSubscriptions::Refused(refused));
         }
         bump_organization(&mut transaction, organization).await?;
     }
@@ -99,16 +99,20 @@ struct NewRows {
     event_types: Vec<String>,
     publishers: Vec<Option<Uuid>>,
     filters: Vec<Option<String>>,
+    filter_hashes: Vec<Option<Vec<u8>>>,
+    filter_bytes: Vec<i32>,
     enabled: Vec<bool>,
 }
 
 impl NewRows {
-    fn push(&mut self, id: SubscriptionId, (event_type, publisher, filter): Identity, enabled: bool) {
+    fn push(&mut self, id: SubscriptionId, (event_type, publisher, filter): Identity, wanted: &Wanted) {
         self.ids.push(id.0);
         self.event_types.push(event_type);
         self.publishers.push(publisher);
+        self.filter_hashes.push(filter_hash(filter.as_deref()));
         self.filters.push(filter);
-        self.enabled.push(enabled);
+        self.filter_bytes.push(wanted.filter_bytes());
+        self.enabled.push(wanted.enabled);
     }
 }
 
@@ -152,10 +156,11 @@ async fn write_sync(
         .await
         .during("delete synced subscriptions")?;
     sqlx::query(
-        "INSERT INTO subscriptions (id, organization_id, connection_id, event_type, publisher, filter, enabled)
-         SELECT id, $1, $2, event_type, publisher, filter, enabled
-           FROM unnest($3::uuid[], $4::text[], $5::uuid[], $6::text[], $7::boolean[])
-             AS new (id, event_type, publisher, filter, enabled)",
+        "INSERT INTO subscriptions (id, organization_id, connection_id, event_type, publisher, filter, filter_hash,
+                                    filter_bytes, enabled)
+         SELECT id, $1, $2, event_type, publisher, filter, filter_hash, filter_bytes, enabled
+           FROM unnest($3::uuid[], $4::text[], $5::uuid[], $6::text[], $7::bytea[], $8::integer[], $9::boolean[])
+             AS new (id, event_type, publisher, filter, filter_hash, filter_bytes, enabled)",
     )
     .bind(organization.0)
     .bind(connection.0)
@@ -163,6 +168,8 @@ async fn write_sync(
     .bind(new.event_types)
     .bind(new.publishers)
     .bind(new.filters)
+    .bind(new.filter_hashes)
+    .bind(new.filter_bytes)
     .bind(new.enabled)
     .execute(transaction)
     .await
