@@ -14,16 +14,22 @@ use bus_core::{
 fn check<C: RoleConfig>(name: &str) {
     let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/config").join(name);
     let dir = tempfile::tempdir().unwrap();
-    let secret = dir.path().join("secret");
-    std::fs::write(&secret, "postgres://nobody@localhost/bus\n").unwrap();
     let text = std::fs::read_to_string(sample).unwrap();
-    let replaced: String = text
-        .lines()
-        .map(|line| match line.split_once("_file = ") {
-            Some((key, _)) => format!("{key}_file = {secret:?}\n"),
-            None => format!("{line}\n"),
-        })
-        .collect();
+    let (mut replaced, mut section) = (String::new(), "");
+    for line in text.lines() {
+        if line.starts_with('[') {
+            section = line;
+        }
+        match line.split_once("_file = ") {
+            Some((key, _)) => {
+                let secret = dir.path().join(format!("{section}{key}"));
+                let scheme = if section == "[nats]" { "nats" } else { "postgres" };
+                std::fs::write(&secret, format!("{scheme}://nobody@localhost/\n")).unwrap();
+                replaced += &format!("{key}_file = {secret:?}\n");
+            }
+            None => replaced += &format!("{line}\n"),
+        }
+    }
     let file = dir.path().join(name);
     std::fs::write(&file, replaced).unwrap();
     if let Err(refused) = load::<C>(Some(&file), BTreeMap::new()) {
