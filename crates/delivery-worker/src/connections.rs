@@ -24,8 +24,9 @@ use tracing::debug;
 /// The kept connections; a deleted one is kept too, as `None`. Cheap to clone.
 ///
 /// Fresh enough is: at least the version that the delivery was matched with, read since the last hint that
-/// concerns it, and not longer ago than the time to live. What is not fresh is read again; while the
-/// database is away it serves all the same, since nobody can change it then.
+/// concerns it, and not longer ago than the time to live. What is not fresh is read again. While the
+/// database is away, nobody can change a connection, so one that is merely old, or may have missed a hint,
+/// serves all the same; one that is known to have changed does not.
 #[derive(Debug, Clone)]
 pub(crate) struct Connections {
     pool: PgPool,
@@ -45,6 +46,14 @@ struct Kept {
     outdated: bool,
 }
 
+impl Kept {
+    /// It has not changed since, as far as the delivery and the hints know.
+    fn is_current(&self, key: &DeliveryKey) -> bool {
+        let version = self.connection.as_ref().map_or(i64::MAX, |connection| connection.version);
+        !self.outdated && version >= key.connection_version
+    }
+}
+
 impl Connections {
     pub(crate) fn new(pool: PgPool, capacity: u64, ttl: Duration) -> Self {
         Self { pool, ttl, kept: Cache::builder().max_capacity(capacity).build(), epoch: Arc::default() }
@@ -59,7 +68,7 @@ impl Connections {
         match self.read(key).await {
             Ok(connection) => Ok(connection),
             Err(failed) => match kept {
-                Some(kept) if failed.is_unavailable() && kept.connection.is_some() => {
+                Some(kept) if failed.is_unavailable() && kept.is_current(key) => {
                     debug!(connection.id = %key.connection, "The database is away; the kept connection serves");
                     Ok(kept.connection)
                 }
@@ -69,10 +78,8 @@ impl Connections {
     }
 
     fn is_fresh(&self, kept: &Kept, key: &DeliveryKey) -> bool {
-        let version = kept.connection.as_ref().map_or(i64::MAX, |connection| connection.version);
-        !kept.outdated
+        kept.is_current(key)
             && kept.epoch == self.epoch.load(Ordering::Acquire)
-            && version >= key.connection_version
             && kept.read_at.elapsed() < self.ttl
     }
 
