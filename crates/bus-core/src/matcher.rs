@@ -36,7 +36,6 @@ pub struct Snapshot {
     /// that a change in between costs one reload and never a missed subscription.
     pub version: i64,
     candidates: Vec<Candidate>,
-    by_id: HashMap<SubscriptionId, usize>,
     /// Exact types; the usual case costs one look-up however many subscriptions there are.
     exact: HashMap<Arc<str>, Vec<usize>>,
     /// Patterns whose first token is literal, by that token.
@@ -89,7 +88,6 @@ impl Snapshot {
     pub fn new(version: i64, candidates: Vec<Candidate>) -> Self {
         let mut snapshot = Self { version, ..Self::default() };
         for (index, candidate) in candidates.iter().enumerate() {
-            snapshot.by_id.insert(candidate.subscription, index);
             let pattern = &candidate.event_type;
             match pattern.first_token() {
                 _ if pattern.is_exact() => {
@@ -105,12 +103,9 @@ impl Snapshot {
 
     /// The subscriptions that take the event, ordered by id.
     pub fn matching(&self, subject: Subject<'_>) -> Vec<&Candidate> {
-        let first = subject.event_type.split('.').next().unwrap_or_default();
-        let indexes = [self.exact.get(subject.event_type), self.by_first.get(first), Some(&self.open)];
         let mut payload = Payload { raw: subject.payload, parsed: None };
-        let mut matching: Vec<_> = indexes
-            .into_iter()
-            .flatten()
+        let mut matching: Vec<_> = self
+            .indexed(subject.event_type)
             .flatten()
             .map(|index| &self.candidates[*index])
             .filter(|candidate| mismatch(candidate, subject, &mut payload).is_none())
@@ -128,9 +123,15 @@ impl Snapshot {
             .collect()
     }
 
-    /// The subscription of that id.
-    pub fn get(&self, subscription: SubscriptionId) -> Option<&Candidate> {
-        self.by_id.get(&subscription).map(|index| &self.candidates[*index])
+    /// How many subscriptions [`matching`](Self::matching) looks at for an event of that type.
+    pub fn candidates(&self, event_type: &str) -> usize {
+        self.indexed(event_type).map(Vec::len).sum()
+    }
+
+    /// What the indexes lead to: everything that may take an event of that type.
+    fn indexed<'s>(&'s self, event_type: &str) -> impl Iterator<Item = &'s Vec<usize>> + use<'s> {
+        let first = event_type.split('.').next().unwrap_or_default();
+        [self.exact.get(event_type), self.by_first.get(first), Some(&self.open)].into_iter().flatten()
     }
 
     /// About how much memory the snapshot takes, bytes: for whoever keeps many of them within a bound.
@@ -158,5 +159,33 @@ fn mismatch(candidate: &Candidate, subject: Subject<'_>, payload: &mut Payload<'
     match payload.value() {
         None => Some(Mismatch::NoJson),
         Some(value) => (!filter.matches(value)).then_some(Mismatch::Filter),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn only_what_the_index_leads_to_is_counted() {
+        let candidate = |(n, pattern): (usize, &str)| Candidate {
+            subscription: SubscriptionId(Uuid::from_u128(n as u128)),
+            connection: ConnectionId(Uuid::nil()),
+            connection_version: 1,
+            enabled: true,
+            event_type: TypePattern::parse(pattern).expect("a pattern"),
+            publisher: None,
+            filter: None,
+        };
+        let patterns =
+            ["order.created", "order.created", "order.paid", "order.*", "order.>", "*.created", ">"];
+        let snapshot = Snapshot::new(1, patterns.into_iter().enumerate().map(candidate).collect());
+        for (event_type, count) in [("order.created", 6), ("order.x.y", 4), ("order", 4), ("a.created", 2)] {
+            assert_eq!(snapshot.candidates(event_type), count, "{event_type}");
+            let subject = Subject { event_type, publisher: None, payload: None };
+            assert!(snapshot.matching(subject).len() <= count, "{event_type}");
+        }
     }
 }

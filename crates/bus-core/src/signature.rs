@@ -125,8 +125,13 @@ impl fmt::Debug for SigningSecret {
 /// `body` is signed byte by byte as it will be sent. `timestamp` is the attempt's time in whole
 /// seconds since the Unix epoch, the value of `webhook-timestamp`. The specification wants no `.` in
 /// `id`, which would make the signed content ambiguous; delivery ids have none.
-pub fn sign(secrets: &[SigningSecret], id: &str, timestamp: i64, body: &[u8]) -> HeaderValue {
-    let mut value = String::with_capacity(secrets.len() * 48);
+pub fn sign<'s>(
+    secrets: impl IntoIterator<Item = &'s SigningSecret>,
+    id: &str,
+    timestamp: i64,
+    body: &[u8],
+) -> HeaderValue {
+    let mut value = String::with_capacity(48);
     for secret in secrets {
         if !value.is_empty() {
             value.push(' ');

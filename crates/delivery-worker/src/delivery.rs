@@ -86,12 +86,10 @@ impl Deliverer {
         key: &DeliveryKey,
         body: &Body,
     ) -> Result<Result<(Arc<Connection>, Bytes), &'static str>, BoxError> {
-        let Some(connection) = self.connections.get(key).await? else {
+        let connection = self.connections.get(key).await?;
+        let Some(connection) = connection.filter(|found| found.organization == key.organization) else {
             return Ok(Err("connection_deleted"));
         };
-        if connection.organization != key.organization {
-            return Ok(Err("connection_deleted"));
-        }
         if !connection.enabled {
             return Ok(Err("connection_disabled"));
         }

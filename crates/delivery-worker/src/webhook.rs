@@ -22,10 +22,10 @@ use std::{
 use async_trait::async_trait;
 use bus_core::{
     address::AddressPolicy,
-    cloudevent::CloudEvent,
+    cloudevent::{CloudEvent, STRUCTURED_CONTENT_TYPE},
     connection::{Connection, ContentMode, Target, Webhook},
     delivery::Delivery,
-    signature::{self, SigningSecret, WEBHOOK_ID, WEBHOOK_SIGNATURE, WEBHOOK_TIMESTAMP},
+    signature::{self, WEBHOOK_ID, WEBHOOK_SIGNATURE, WEBHOOK_TIMESTAMP},
     sink::{AttemptReport, Failure, MAX_KEPT_ANSWER, Outcome, Sink},
     webhook_rules::{MAX_TIMEOUT, MIN_TIMEOUT, forbidden_header},
 };
@@ -50,8 +50,8 @@ use tokio::time::Instant;
 
 use crate::connector::{ConnectError, Connector, describe_io};
 
-/// The media type of structured mode (CloudEvents HTTP binding §3.2).
-const STRUCTURED: HeaderValue = HeaderValue::from_static("application/cloudevents+json; charset=utf-8");
+/// The media type of structured mode.
+const STRUCTURED: HeaderValue = HeaderValue::from_static(STRUCTURED_CONTENT_TYPE);
 
 /// The most that one connection buffers, bytes: bounds the head of an answer, which comes as one piece.
 const MAX_BUFFER: usize = 64 * 1024;
@@ -222,8 +222,7 @@ impl WebhookSink {
 
         let id = delivery.key.id.to_string();
         let timestamp = at.as_second();
-        let secrets: Vec<SigningSecret> = webhook.active_secrets(at).into_iter().cloned().collect();
-        headers.insert(WEBHOOK_SIGNATURE, signature::sign(&secrets, &id, timestamp, &body));
+        headers.insert(WEBHOOK_SIGNATURE, signature::sign(webhook.active_secrets(at), &id, timestamp, &body));
         headers.insert(WEBHOOK_TIMESTAMP, timestamp.into());
         let id = HeaderValue::try_from(id).expect("a UUID is visible ASCII");
         headers.insert(WEBHOOK_ID, id);

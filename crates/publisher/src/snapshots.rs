@@ -1,10 +1,10 @@
 //! Each organization's subscriptions, compiled and kept.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use bus_core::{
     ids::OrganizationId,
-    matcher::{Snapshot, Subject},
+    matcher::Snapshot,
     pg::{self, StoreError},
 };
 use moka::sync::Cache;
@@ -18,13 +18,7 @@ const CAPACITY: u64 = 512 * 1024 * 1024;
 #[derive(Debug, Clone)]
 pub struct Snapshots {
     pool: PgPool,
-    cache: Cache<OrganizationId, Arc<Kept>>,
-}
-
-#[derive(Debug)]
-struct Kept {
-    snapshot: Arc<Snapshot>,
-    candidates: Candidates,
+    cache: Cache<OrganizationId, Arc<Snapshot>>,
 }
 
 impl Snapshots {
@@ -32,7 +26,7 @@ impl Snapshots {
     pub fn new(pool: PgPool) -> Self {
         let cache = Cache::builder()
             .max_capacity(CAPACITY)
-            .weigher(|_, kept: &Arc<Kept>| u32::try_from(kept.snapshot.memory_bytes()).unwrap_or(u32::MAX))
+            .weigher(|_, kept: &Arc<Snapshot>| u32::try_from(kept.memory_bytes()).unwrap_or(u32::MAX))
             .build();
         Self { pool, cache }
     }
@@ -44,15 +38,14 @@ impl Snapshots {
         organization: OrganizationId,
         version: i64,
     ) -> Result<Arc<Snapshot>, StoreError> {
-        if let Some(kept) = self.cache.get(&organization).filter(|kept| kept.snapshot.version >= version) {
-            return Ok(Arc::clone(&kept.snapshot));
+        if let Some(kept) = self.cache.get(&organization).filter(|kept| kept.version >= version) {
+            return Ok(kept);
         }
         let loaded = Arc::new(pg::load_snapshot(connection, organization).await?);
-        let new = Arc::new(Kept { candidates: Candidates::of(&loaded), snapshot: Arc::clone(&loaded) });
         // Two committers may load at once; the older result must not replace the newer.
         self.cache.entry(organization).and_upsert_with(|kept| match kept {
-            Some(kept) if kept.value().snapshot.version > loaded.version => kept.into_value(),
-            _ => new,
+            Some(kept) if kept.value().version > loaded.version => kept.into_value(),
+            _ => Arc::clone(&loaded),
         });
         Ok(loaded)
     }
@@ -72,7 +65,7 @@ impl Snapshots {
         types: impl Iterator<Item = &'t str>,
     ) -> usize {
         match self.cache.get(&organization) {
-            Some(kept) => types.map(|event_type| kept.candidates.for_type(event_type)).sum(),
+            Some(kept) => types.map(|event_type| kept.candidates(event_type)).sum(),
             None => {
                 types.count().saturating_mul(usize::try_from(pg::MAX_SUBSCRIPTIONS).unwrap_or(usize::MAX))
             }
@@ -80,69 +73,11 @@ impl Snapshots {
     }
 }
 
-/// How many subscriptions the index of a [`Snapshot`] leads to, for each way into it.
-#[derive(Debug, Default)]
-struct Candidates {
-    exact: HashMap<String, usize>,
-    by_first: HashMap<String, usize>,
-    open: usize,
-}
-
-impl Candidates {
-    fn of(snapshot: &Snapshot) -> Self {
-        let mut candidates = Self::default();
-        let nothing = Subject { event_type: "", publisher: None, payload: None };
-        for (candidate, _) in snapshot.explain(nothing) {
-            let pattern = &candidate.event_type;
-            let (exact, first) = (pattern.is_exact(), pattern.first_token());
-            *match first {
-                _ if exact => candidates.exact.entry(pattern.as_str().to_owned()).or_default(),
-                Some(first) => candidates.by_first.entry(first.to_owned()).or_default(),
-                None => &mut candidates.open,
-            } += 1;
-        }
-        candidates
-    }
-
-    fn for_type(&self, event_type: &str) -> usize {
-        let first = event_type.split('.').next().unwrap_or_default();
-        let count = |of: &HashMap<String, usize>, key| of.get(key).copied().unwrap_or_default();
-        count(&self.exact, event_type) + count(&self.by_first, first) + self.open
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use bus_core::{
-        ids::{ConnectionId, SubscriptionId},
-        matcher::Candidate,
-        pattern::TypePattern,
-    };
     use uuid::Uuid;
 
     use super::*;
-
-    #[test]
-    fn only_what_the_index_leads_to_is_counted() {
-        let candidate = |(n, pattern): (usize, &str)| Candidate {
-            subscription: SubscriptionId(Uuid::from_u128(n as u128)),
-            connection: ConnectionId(Uuid::nil()),
-            connection_version: 1,
-            enabled: true,
-            event_type: TypePattern::parse(pattern).expect("a pattern"),
-            publisher: None,
-            filter: None,
-        };
-        let patterns =
-            ["order.created", "order.created", "order.paid", "order.*", "order.>", "*.created", ">"];
-        let snapshot = Snapshot::new(1, patterns.into_iter().enumerate().map(candidate).collect());
-        let candidates = Candidates::of(&snapshot);
-        for (event_type, count) in [("order.created", 6), ("order.x.y", 4), ("order", 4), ("a.created", 2)] {
-            assert_eq!(candidates.for_type(event_type), count, "{event_type}");
-            let subject = Subject { event_type, publisher: None, payload: None };
-            assert!(snapshot.matching(subject).len() <= count, "{event_type}");
-        }
-    }
 
     #[tokio::test]
     async fn an_unknown_organization_may_have_all_that_there_can_be() {
