@@ -21,19 +21,22 @@ GRANT SELECT ON _sqlx_migrations TO bus_publisher, bus_worker, bus_scheduler, bu
 GRANT SELECT, INSERT, UPDATE ON organizations, api_keys, connections, subscriptions TO bus_publisher;
 GRANT SELECT, INSERT ON events TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON event_keys, outbox TO bus_publisher;
-GRANT SELECT, INSERT ON delivery_queue TO bus_publisher;
-GRANT SELECT ON parked_deliveries, dead_letters, delivery_attempts TO bus_publisher;
+GRANT SELECT, INSERT, UPDATE ON delivery_queue TO bus_publisher;
+GRANT SELECT ON delivery_attempts TO bus_publisher;
+-- Acknowledgements and cancellations.
+GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_publisher;
+GRANT DELETE ON delivery_queue TO bus_publisher;
 
 GRANT SELECT ON connections, events TO bus_worker;
-GRANT SELECT, INSERT, UPDATE ON parked_deliveries TO bus_worker;
-GRANT SELECT, INSERT ON dead_letters, delivery_attempts TO bus_worker;
+GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_worker;
+GRANT SELECT, INSERT ON delivery_attempts TO bus_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON delivery_queue TO bus_worker;
 
 GRANT SELECT ON events TO bus_scheduler;
-GRANT SELECT, UPDATE, DELETE ON parked_deliveries TO bus_scheduler;
-GRANT SELECT, INSERT ON delivery_queue, dead_letters TO bus_scheduler;
+GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_scheduler;
+GRANT SELECT, INSERT, UPDATE ON delivery_queue TO bus_scheduler;
 
 GRANT SELECT, INSERT ON delivery_attempts TO bus_archiver;
 -- UPDATE is what SELECT … FOR UPDATE asks for.
-GRANT SELECT, UPDATE, DELETE ON outbox, event_keys TO bus_archiver;
+GRANT SELECT, UPDATE, DELETE ON outbox, event_keys, delivery_states TO bus_archiver;
 GRANT EXECUTE ON FUNCTION create_day_partition(text, date) TO bus_archiver;

@@ -32,6 +32,8 @@ pub struct MaintenanceConfig {
     /// Finished outbox rows are kept this long, seconds: longer than the broker's sync interval (two
     /// minutes by default), so that they still tell what a broker that lost its last messages had.
     pub outbox_keep_s: u64,
+    /// Rows of deliveries that are over, and have left the straight path, are kept this long, seconds.
+    pub delivery_states_keep_s: u64,
 }
 
 impl RoleConfig for ArchiverConfig {

@@ -45,5 +45,7 @@ async fn round(pool: &PgPool, config: &MaintenanceConfig, clock: &dyn Clock) -> 
     if created > 0 {
         info!(partitions = created, "Created partitions ahead");
     }
-    pg::sweep_outbox(pool, Duration::from_secs(config.outbox_keep_s), SWEEP).await
+    let finished = pg::sweep_outbox(pool, Duration::from_secs(config.outbox_keep_s), SWEEP).await?;
+    let over = pg::sweep_states(pool, Duration::from_secs(config.delivery_states_keep_s), SWEEP).await?;
+    Ok(finished + over)
 }

@@ -10,6 +10,7 @@ pub mod delivery;
 pub mod filter;
 pub mod ids;
 pub mod launcher;
+pub mod lifecycle;
 pub mod matcher;
 pub mod nats;
 pub mod pattern;

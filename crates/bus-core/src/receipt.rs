@@ -13,6 +13,8 @@ pub enum ReceiptOutcome {
     Delivered,
     /// It did not; there will be another attempt.
     Failed,
+    /// It asked to be asked again later. No attempt is counted.
+    Deferred,
     /// It did not, and there will be none.
     Dead,
 }
@@ -23,6 +25,7 @@ impl ReceiptOutcome {
         match self {
             Self::Delivered => "delivered",
             Self::Failed => "failed",
+            Self::Deferred => "deferred",
             Self::Dead => "dead",
         }
     }
@@ -34,8 +37,12 @@ impl ReceiptOutcome {
 pub struct Receipt {
     /// The delivery.
     pub delivery: DeliveryId,
-    /// 1 is the first attempt.
+    /// The failed attempts before this one, plus one. After a deferral, or a crash that nobody counted, it
+    /// bears the number of the attempt before it.
     pub attempt: u32,
+    /// The delivery's turn (see [`Progress`](crate::delivery::Progress)).
+    #[serde(default)]
+    pub turn: i64,
     /// The event.
     pub event: EventUid,
     /// Whose it is.

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bus_core::{
     config::NatsConfig,
-    delivery::DeliveryKey,
+    delivery::{DeliveryKey, Progress},
     ids::{DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     nats::Nats,
     queue::{Body, DeliveryQueue, Enqueue, JetStreamQueue, Leased, MAX_INLINE, PostgresQueue},
@@ -14,6 +14,7 @@ use bus_core::{
 use bytes::Bytes;
 use devkit::{database::Database, servers::shared_servers, wait_until};
 use futures::StreamExt as _;
+use jiff::Timestamp;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
@@ -100,7 +101,8 @@ impl Fixture {
             connection: SystemIds.next().into(),
             connection_version: 3,
         };
-        Enqueue { key, attempts: 0, body: Body::bounded(&Bytes::copy_from_slice(body)) }
+        let since = Timestamp::from_second(1_800_000_000).unwrap();
+        Enqueue { key, progress: Progress::new(since), body: Body::bounded(&Bytes::copy_from_slice(body)) }
     }
 
     async fn deliveries(&self, n: usize) -> Vec<Enqueue> {
@@ -150,7 +152,7 @@ async fn comes_out_as_it_was_put_in(kind: Kind) {
     let leased = pull_all(&fixture.queue, 50).await;
     for one in leased {
         let sent = deliveries.iter().find(|delivery| delivery.key == one.key).expect("one that was put in");
-        assert_eq!((one.attempts, &one.body), (0, &sent.body));
+        assert_eq!((one.progress, one.handed_out, &one.body), (sent.progress, 1, &sent.body));
         one.lease.ack().await.unwrap();
     }
     assert!(pull(&fixture.queue, 10).await.is_empty(), "what is finished does not come again");
@@ -201,16 +203,17 @@ async fn what_a_dead_worker_held_comes_again(kind: Kind) {
     fixture.end().await;
 }
 
-async fn what_is_put_back_comes_again_with_one_more_attempt(kind: Kind) {
+async fn what_is_postponed_comes_again_with_what_it_has_behind_it(kind: Kind) {
     let fixture = Fixture::new(kind).await;
     let mut deliveries = fixture.deliveries(1).await;
-    deliveries[0].attempts = 4;
+    deliveries[0].progress = deliveries[0].progress.next(4);
     fixture.queue.enqueue(&deliveries).await.unwrap();
     let first = pull_all(&fixture.queue, 1).await.remove(0);
-    assert_eq!(first.attempts, 4);
-    first.lease.retry(Duration::from_millis(300)).await.unwrap();
+    assert_eq!(first.progress, deliveries[0].progress);
+    let next = first.progress.next(5);
+    first.lease.postpone(next, Duration::from_millis(300)).await.unwrap();
     let second = pull_all(&fixture.queue, 1).await.remove(0);
-    assert_eq!((second.key, second.attempts), (deliveries[0].key, 5));
+    assert_eq!((second.key, second.progress, second.handed_out), (deliveries[0].key, next, 1));
     second.lease.ack().await.unwrap();
     fixture.end().await;
 }
@@ -232,7 +235,8 @@ async fn deliveries_that_wait_do_not_stop_the_others(kind: Kind) {
     let fixture = Fixture::new(kind).await;
     fixture.queue.enqueue(&fixture.deliveries(10).await).await.unwrap();
     for waiting in pull_all(&fixture.queue, 10).await {
-        waiting.lease.retry(Duration::from_secs(5)).await.unwrap();
+        let next = waiting.progress.next(1);
+        waiting.lease.postpone(next, Duration::from_secs(5)).await.unwrap();
     }
     let fresh = fixture.deliveries(10).await;
     fixture.queue.enqueue(&fresh).await.unwrap();
@@ -269,7 +273,7 @@ on_every_queue! {
     hands_out_no_more_than_was_asked_for,
     a_second_worker_takes_only_what_nobody_holds,
     what_a_dead_worker_held_comes_again,
-    what_is_put_back_comes_again_with_one_more_attempt,
+    what_is_postponed_comes_again_with_what_it_has_behind_it,
     a_hold_that_is_extended_lasts,
     deliveries_that_wait_do_not_stop_the_others,
     a_waiting_pull_gets_what_is_enqueued_meanwhile,

@@ -5,9 +5,9 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use bus_core::{
-    delivery::DeliveryKey,
+    delivery::{DeliveryKey, Progress},
     ids::{DeliveryId, EventUid, Ids as _, OrganizationId, OutboxId, SubscriptionId, SystemIds},
-    pg::{self, Claim, Park, StoreError, UniqueKey},
+    pg::{self, Claim, LastAttempt, Park, StoreError, UniqueKey},
     queue::Body,
 };
 use bytes::Bytes;
@@ -107,7 +107,7 @@ async fn an_expired_key_can_be_claimed_again() {
     end(database, pool).await;
 }
 
-async fn parked(pool: &PgPool, attempts: u32, wait_s: f64) -> Park {
+async fn parked(pool: &PgPool, attempts: u32, wait_s: u64) -> Park {
     let (event, subscription) = (EventUid(SystemIds.next()), SubscriptionId(SystemIds.next()));
     let organization = OrganizationId(SystemIds.next());
     sqlx::query(
@@ -127,22 +127,25 @@ async fn parked(pool: &PgPool, attempts: u32, wait_s: f64) -> Park {
         connection: SystemIds.next().into(),
         connection_version: 1,
     };
-    Park { key, attempts, wait_s, reason: "the endpoint answered 500".into() }
+    let since = Timestamp::from_second(1_800_000_000).unwrap();
+    let next = Progress { attempts, turn: i64::from(attempts), since };
+    let wait = Duration::from_secs(wait_s);
+    Park { key, next, wait, reason: "the endpoint answered 500".into(), last: LastAttempt::default() }
 }
 
 #[tokio::test]
 async fn a_parked_delivery_is_handed_out_when_due_and_to_one_scheduler() {
     let (database, pool) = database().await;
-    let (due, later) = (parked(&pool, 3, 0.0).await, parked(&pool, 3, 3_600.0).await);
+    let (due, later) = (parked(&pool, 3, 0).await, parked(&pool, 3, 3_600).await);
     pg::park(&pool, &[due.clone(), later.clone()]).await.unwrap();
     let (a, b) = tokio::join!(pg::take_due(&pool, 10, 600), pg::take_due(&pool, 10, 600));
     let taken: Vec<_> = a.unwrap().into_iter().chain(b.unwrap()).collect();
     assert_eq!(taken.len(), 1);
     assert_eq!(
-        (taken[0].key, taken[0].attempts, &taken[0].body),
-        (due.key, 3, &Some(Body::Inline(Bytes::from_static(b"body"))))
+        (taken[0].key, taken[0].progress, &taken[0].body),
+        (due.key, due.next, &Some(Body::Inline(Bytes::from_static(b"body"))))
     );
-    pg::unpark(&pool, &[(due.key.id, 3)]).await.unwrap();
+    pg::returned(&pool, &[(due.key.id, 3)]).await.unwrap();
     let next = pg::next_due_in(&pool).await.unwrap().expect("one is left");
     assert!((3_000.0..=3_600.0).contains(&next), "{next}");
     end(database, pool).await;
@@ -151,17 +154,17 @@ async fn a_parked_delivery_is_handed_out_when_due_and_to_one_scheduler() {
 #[tokio::test]
 async fn a_delivery_that_was_parked_again_meanwhile_stays() {
     let (database, pool) = database().await;
-    let first = parked(&pool, 3, 0.0).await;
+    let first = parked(&pool, 3, 0).await;
     pg::park(&pool, std::slice::from_ref(&first)).await.unwrap();
     let taken = pg::take_due(&pool, 10, 600).await.unwrap();
-    let again = Park { attempts: 4, wait_s: 3_600.0, ..first.clone() };
+    let again = Park { next: first.next.next(4), wait: Duration::from_secs(3_600), ..first.clone() };
     pg::park(&pool, &[again]).await.unwrap();
-    // What the scheduler took has failed once more before it could remove the row.
-    pg::unpark(&pool, &[(taken[0].key.id, taken[0].attempts)]).await.unwrap();
+    // What the scheduler took has failed once more before it could say so.
+    pg::returned(&pool, &[(taken[0].key.id, taken[0].progress.turn)]).await.unwrap();
     pg::park(&pool, &[first]).await.unwrap();
-    let attempts: Vec<i32> =
-        sqlx::query_scalar("SELECT attempts FROM parked_deliveries").fetch_all(&pool).await.unwrap();
-    assert_eq!(attempts, [4], "the later state stays");
+    let rows: Vec<(String, i32)> =
+        sqlx::query_as("SELECT state, attempts FROM delivery_states").fetch_all(&pool).await.unwrap();
+    assert_eq!(rows, [("waiting".to_owned(), 4)], "the later turn stays");
     end(database, pool).await;
 }
 

@@ -3,43 +3,24 @@
 //!
 //! Any number of replicas share the work; due is the database's time.
 
-use std::{sync::Arc, time::Duration};
+mod returns;
+
+use std::sync::Arc;
 
 use bus_core::{
     config::{Common, RoleConfig},
-    ids::DeliveryId,
-    launcher::{BoxError, Ctx, Heartbeat, Role},
-    pg::{self, DeadLetter},
-    queue::{DeliveryQueue, Enqueue, QueueError},
+    launcher::{BoxError, Ctx, Role},
+    pg,
     supervise::{self, Broker},
-    telemetry::Chain,
 };
-use metrics::counter;
 use serde::Deserialize;
-use sqlx::PgPool;
-use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+
+pub use self::returns::return_due;
+use self::returns::{IDLE, LEASE_S};
 
 /// What this binary is.
 pub const ROLE: Role =
     Role { name: "cron-scheduler", about: "Returns parked deliveries to the queue when they are due" };
-
-/// The safety interval: an idle scheduler asks once in this time. Parked waits are longer than
-/// [`DeliveryQueue::longest_wait`], 5 s, so that none can become due unseen between two looks.
-const IDLE: Duration = Duration::from_secs(5);
-
-/// The shortest sleep between two looks that found nothing to do.
-const SHORTEST: Duration = Duration::from_millis(20);
-
-/// After an error.
-const AGAIN: Duration = Duration::from_secs(1);
-
-/// Deliveries returned at a time; with the largest body that the queue carries, 50 MiB.
-const BATCH: u32 = 200;
-
-/// If this process dies with deliveries in hand, another one takes them after this time. Well within the
-/// broker's duplicate window, so that what was already put back is recognised.
-const LEASE_S: u64 = 30;
 
 /// The scheduler has nothing of its own to configure yet.
 #[derive(Debug, Clone, Deserialize)]
@@ -64,58 +45,10 @@ pub async fn run(ctx: Ctx<SchedulerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
     let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let beat = ctx.health.heartbeat("parked deliveries", IDLE * 12);
-    ctx.spawn("parked deliveries", return_due(pool, Arc::clone(&transport.queue), beat, ctx.stop.clone()));
+    ctx.spawn("parked deliveries", returns::run(pool, Arc::clone(&transport.queue), beat, ctx.stop.clone()));
     ctx.stop.cancelled().await;
     ctx.tasks.close();
     ctx.tasks.wait().await;
     transport.flush().await;
     Ok(())
-}
-
-async fn return_due(
-    pool: PgPool,
-    queue: Arc<dyn DeliveryQueue>,
-    beat: Heartbeat,
-    stop: CancellationToken,
-) -> Result<(), BoxError> {
-    while !stop.is_cancelled() {
-        beat.beat();
-        let sleep = match return_once(&pool, queue.as_ref()).await {
-            Ok(sleep) => sleep,
-            Err(failed) => {
-                warn!(error = %Chain(&failed), "Due deliveries wait");
-                AGAIN
-            }
-        };
-        stop.run_until_cancelled(tokio::time::sleep(sleep)).await;
-    }
-    Ok(())
-}
-
-/// Returns one batch; answers how long there is nothing more to do.
-async fn return_once(pool: &PgPool, queue: &dyn DeliveryQueue) -> Result<Duration, QueueError> {
-    let due = pg::take_due(pool, BATCH, LEASE_S).await?;
-    if due.is_empty() {
-        let next = pg::next_due_in(pool).await?;
-        let next = next.map_or(IDLE, |seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(IDLE));
-        return Ok(next.clamp(SHORTEST, IDLE));
-    }
-    let mut deliveries = Vec::with_capacity(due.len());
-    for due in &due {
-        match &due.body {
-            Some(body) => {
-                deliveries.push(Enqueue { key: due.key, attempts: due.attempts, body: body.clone() });
-            }
-            None => {
-                let expired = DeadLetter::new(due.key, due.attempts, "event_expired");
-                pg::insert_dead_letter(pool, &expired).await?;
-            }
-        }
-    }
-    queue.enqueue(&deliveries).await?;
-    let back: Vec<(DeliveryId, u32)> = due.iter().map(|due| (due.key.id, due.attempts)).collect();
-    pg::unpark(pool, &back).await?;
-    counter!("bus_parked_returned").increment(back.len() as u64);
-    debug!(deliveries = back.len(), "Due deliveries are back in the queue");
-    Ok(Duration::ZERO)
 }

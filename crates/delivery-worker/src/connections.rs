@@ -117,6 +117,7 @@ impl Connections {
                 Hint::ConnectionChanged(id) => {
                     self.outdate(id).await;
                 }
+                Hint::Closed(_) => {}
                 Hint::Missed => {
                     self.epoch.fetch_add(1, Ordering::AcqRel);
                 }

@@ -1,18 +1,17 @@
 //! One delivery from the lease to its end: attempt, then acknowledge, postpone, park or dead-letter.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     clock::Clock,
     connection::{Connection, Target},
-    delivery::{Delivery, DeliveryKey},
+    delivery::{Delivery, DeliveryKey, Progress},
     launcher::BoxError,
-    pg::{self, DeadLetter, Park},
-    queue::{Body, DeliveryQueue, Lease, Leased},
+    pg::{self, DeadLetter, LastAttempt, Park},
+    queue::{Body, DeliveryQueue, Leased},
     receipt::{Receipt, ReceiptOutcome},
     retry::{RetryPolicy, Verdict},
     sink::{AttemptReport, Outcome, Sink},
-    telemetry::Chain,
 };
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -21,16 +20,9 @@ use sqlx::PgPool;
 use tracing::{debug, warn};
 
 use crate::{
-    bodies::Bodies,
-    connections::Connections,
-    parking::Parking,
-    patience::{Patience, put_back},
-    receipts::Receipts,
+    bodies::Bodies, closed::ClosedDeliveries, connections::Connections, hold::Hold, parking::Parking,
+    patience::Patience, receipts::Receipts,
 };
-
-/// Deliveries that were handed out this often beyond the attempts that the policy allows take their workers
-/// down with them, or are always killed with them.
-const POISON: u32 = 16;
 
 /// Does the deliveries of one worker.
 pub(crate) struct Deliverer {
@@ -41,8 +33,14 @@ pub(crate) struct Deliverer {
     pub(crate) webhooks: Box<dyn Sink>,
     pub(crate) parking: Parking,
     pub(crate) patience: Patience,
+    pub(crate) closed: ClosedDeliveries,
     pub(crate) receipts: Receipts,
     pub(crate) retry: RetryPolicy,
+    /// A delivery that was handed out more often in one turn takes its workers down with it, or is always
+    /// killed with them.
+    pub(crate) max_handed_out: u32,
+    /// How long a hold lasts.
+    pub(crate) lease: Duration,
     pub(crate) clock: Arc<dyn Clock>,
     /// In `0.0..1.0`; chooses the jitter.
     pub(crate) random: fn() -> f64,
@@ -57,27 +55,42 @@ impl std::fmt::Debug for Deliverer {
 impl Deliverer {
     /// Brings a delivery to its end. At a stop it may be left to the queue, which hands it out again.
     pub(crate) async fn deliver(&self, leased: Leased) {
-        let Leased { key, attempts, body, lease } = leased;
-        let number = attempts.saturating_add(1);
-        let prepared = if attempts >= self.retry.max_attempts.saturating_add(POISON) {
+        let Leased { key, progress, handed_out, wait, body, lease } = leased;
+        let hold = Hold::new(key, lease, self.lease);
+        if let Some(wait) = wait {
+            let park = Park {
+                key,
+                next: progress.next(progress.attempts),
+                wait,
+                reason: "the queue has no room for deliveries that wait".to_owned(),
+                last: LastAttempt::default(),
+            };
+            return self.parking.park(park, hold).await;
+        }
+        if self.closed.overrule(&key, progress, handed_out).await {
+            counter!("bus_deliveries_overruled").increment(1);
+            debug!(delivery.id = %key.id, turn = progress.turn, "Closed, or overtaken by a later turn");
+            return hold.ack().await;
+        }
+        let prepared = if handed_out > self.max_handed_out {
             Some(Err("redelivered_too_often"))
         } else {
-            self.patience.insist(lease.as_ref(), &key, || self.prepare(&key, &body)).await
+            self.patience.insist(&hold, || self.prepare(&key, &body)).await
         };
         let (connection, body) = match prepared {
             Some(Ok(prepared)) => prepared,
             Some(Err(reason)) => {
-                return self.give_up(lease, DeadLetter::new(key, attempts, reason), Bytes::new()).await;
+                return self.give_up(hold, DeadLetter::new(key, progress, reason), Bytes::new()).await;
             }
-            None => return put_back(lease, &key).await,
+            None => return hold.put_back().await,
         };
         let at = self.clock.now();
-        let delivery = Delivery { key, attempts, body };
+        let delivery = Delivery { key, body };
         let report = self.webhooks.attempt(&connection, &delivery, at).await;
         histogram!("bus_attempt_duration_seconds").record(report.duration.as_secs_f64());
-        let outcome = self.settle(lease, &delivery, number, &report).await;
+        let outcome = self.settle(hold, &delivery, progress, &report, at).await;
         counter!("bus_attempts", "outcome" => outcome.as_str()).increment(1);
-        self.receipts.send(receipt(&delivery.key, number, outcome, &report, at));
+        self.receipts.send(receipt(&delivery.key, progress, outcome, &report, at));
     }
 
     /// What an attempt needs, or the reason why there can be none.
@@ -106,44 +119,47 @@ impl Deliverer {
     /// Draws the consequence of an attempt.
     async fn settle(
         &self,
-        lease: Box<dyn Lease>,
+        hold: Hold,
         delivery: &Delivery,
-        number: u32,
+        progress: Progress,
         report: &AttemptReport,
+        at: Timestamp,
     ) -> ReceiptOutcome {
         let key = delivery.key;
         let failure = match &report.outcome {
             Outcome::Delivered => {
-                if let Err(failed) = lease.ack().await {
-                    // The subscriber has it, the queue does not know: it will be repeated, with the same id.
-                    warn!(delivery.id = %key.id, error = %Chain(&failed), "Delivered, but not acknowledged");
-                }
+                hold.ack().await;
                 return ReceiptOutcome::Delivered;
             }
             Outcome::Failed(failure) => failure,
         };
-        debug!(delivery.id = %key.id, connection.id = %key.connection, attempt = number, %failure, "Attempt failed");
-        match self.retry.after_failure(number, (self.random)()) {
+        let next = progress.next(progress.attempts.saturating_add(1));
+        debug!(delivery.id = %key.id, connection.id = %key.connection, attempt = next.attempts, %failure, "Attempt failed");
+        if hold.is_lost() {
+            warn!(delivery.id = %key.id, "The hold ended before the attempt; whoever has the delivery now decides");
+            return ReceiptOutcome::Failed;
+        }
+        let last = LastAttempt {
+            status: report.status,
+            body: Some(report.answer.clone()),
+            error: Some(failure.to_string()),
+            at: Some(at),
+            duration: Some(report.duration),
+        };
+        match self.retry.after_failure(next.attempts, (self.random)()) {
             Verdict::Retry(wait) if wait <= self.queue.longest_wait() => {
-                if let Err(failed) = lease.retry(wait).await {
-                    warn!(delivery.id = %key.id, error = %Chain(&failed), "Not postponed; it comes again after ack_wait");
-                }
+                hold.postpone(next, wait).await;
                 ReceiptOutcome::Failed
             }
             Verdict::Retry(wait) => {
-                let park =
-                    Park { key, attempts: number, wait_s: wait.as_secs_f64(), reason: failure.to_string() };
-                self.parking.park(park, lease).await;
+                let park = Park { key, next, wait, reason: failure.to_string(), last };
+                self.parking.park(park, hold).await;
                 ReceiptOutcome::Failed
             }
             Verdict::Dead => {
-                let dead = DeadLetter {
-                    last_status: report.status,
-                    last_body: Some(report.answer.clone()),
-                    last_error: Some(failure.to_string()),
-                    ..DeadLetter::new(key, number, "attempts_exhausted")
-                };
-                self.give_up(lease, dead, delivery.body.clone()).await;
+                let progress = Progress { attempts: next.attempts, ..progress };
+                let dead = DeadLetter { last, ..DeadLetter::new(key, progress, "attempts_exhausted") };
+                self.give_up(hold, dead, delivery.body.clone()).await;
                 ReceiptOutcome::Dead
             }
         }
@@ -151,28 +167,26 @@ impl Deliverer {
 
     /// The stream first, then the row, then the acknowledgement: whatever dies in between, the delivery
     /// comes again and the same is done once more.
-    async fn give_up(&self, lease: Box<dyn Lease>, dead: DeadLetter, body: Bytes) {
+    async fn give_up(&self, hold: Hold, dead: DeadLetter, body: Bytes) {
         let key = dead.key;
-        let recorded = self.patience.insist(lease.as_ref(), &key, || async {
-            self.queue.dead_letter(&key, dead.reason, &body).await?;
-            pg::insert_dead_letter(&self.pool, &dead).await?;
+        let recorded = self.patience.insist(&hold, || async {
+            self.queue.dead_letter(&dead, &body).await?;
+            pg::bury(&self.pool, &dead).await?;
             Ok(())
         });
         if recorded.await.is_none() {
-            return put_back(lease, &key).await;
+            return hold.put_back().await;
         }
         counter!("bus_dead_letters", "reason" => dead.reason).increment(1);
         warn!(delivery.id = %key.id, event.uid = %key.event, connection.id = %key.connection,
-              reason = dead.reason, attempts = dead.attempts, "Delivery given up");
-        if let Err(failed) = lease.ack().await {
-            warn!(delivery.id = %key.id, error = %Chain(&failed), "Dead letter not acknowledged");
-        }
+              reason = dead.reason, attempts = dead.progress.attempts, "Delivery given up");
+        hold.ack().await;
     }
 }
 
 fn receipt(
     key: &DeliveryKey,
-    attempt: u32,
+    progress: Progress,
     outcome: ReceiptOutcome,
     report: &AttemptReport,
     at: Timestamp,
@@ -183,7 +197,8 @@ fn receipt(
     };
     Receipt {
         delivery: key.id,
-        attempt,
+        attempt: progress.attempts.saturating_add(1),
+        turn: progress.turn,
         event: key.event,
         organization: key.organization,
         subscription: key.subscription,

@@ -4,10 +4,12 @@
 //! the attempt, [`webhook`] makes the attempt.
 
 mod bodies;
+mod closed;
 pub mod config;
 mod connections;
 pub mod connector;
 mod delivery;
+mod hold;
 pub mod lane;
 mod parking;
 mod patience;
@@ -23,8 +25,9 @@ use bus_core::{
 };
 
 use crate::{
-    bodies::Bodies, config::WorkerConfig, connections::Connections, delivery::Deliverer, lane::Lane,
-    parking::Parking, patience::Patience, receipts::Receipts, webhook::WebhookSink,
+    bodies::Bodies, closed::ClosedDeliveries, config::WorkerConfig, connections::Connections,
+    delivery::Deliverer, lane::Lane, parking::Parking, patience::Patience, receipts::Receipts,
+    webhook::WebhookSink,
 };
 
 /// What this binary is.
@@ -41,6 +44,10 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
     let following = connections.clone().follow(Arc::clone(&transport.hints));
     ctx.tasks.spawn(ctx.stop.clone().run_until_cancelled_owned(following));
 
+    let closed = ClosedDeliveries::new(pool.clone(), Duration::from_secs(72 * 3_600));
+    let following = closed.clone().follow(Arc::clone(&transport.hints));
+    ctx.tasks.spawn(ctx.stop.clone().run_until_cancelled_owned(following));
+
     let patience = Patience::new(ctx.stop.clone());
     let deliverer = Arc::new(Deliverer {
         pool: pool.clone(),
@@ -50,6 +57,7 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
         webhooks: Box::new(WebhookSink::new(&ctx.config.sink)?),
         parking: Parking::start(pool, patience.clone(), &ctx.tasks),
         patience,
+        closed,
         receipts: Receipts::start(
             Arc::clone(&transport.queue),
             settings.receipt_buffer,
@@ -57,6 +65,8 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
             ctx.stop.clone(),
         ),
         retry: settings.retry.clone(),
+        max_handed_out: 20,
+        lease: Duration::from_millis(ctx.common.nats.ack_wait_ms),
         clock: Arc::clone(&ctx.clock),
         random: rand::random::<f64>,
     });

@@ -2,7 +2,6 @@
 
 use bus_core::{
     pg::{self, Park},
-    queue::Lease,
     telemetry::Chain,
 };
 use sqlx::PgPool;
@@ -10,14 +9,14 @@ use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use crate::patience::{Patience, extend, put_back};
+use crate::{hold::Hold, patience::Patience};
 
 /// Rows of one statement.
 const BATCH: usize = 500;
 
 /// The way to the parked deliveries. Cheap to clone; the batches end with the last clone.
 #[derive(Debug, Clone)]
-pub(crate) struct Parking(mpsc::Sender<(Park, Box<dyn Lease>)>);
+pub(crate) struct Parking(mpsc::Sender<(Park, Hold)>);
 
 impl Parking {
     pub(crate) fn start(pool: PgPool, patience: Patience, tasks: &TaskTracker) -> Self {
@@ -33,15 +32,17 @@ impl Parking {
 
     /// Hands a delivery over, waiting while too many wait already. It is acknowledged once its row is
     /// committed.
-    pub(crate) async fn park(&self, park: Park, lease: Box<dyn Lease>) {
-        if let Err(mpsc::error::SendError((park, lease))) = self.0.send((park, lease)).await {
-            put_back(lease, &park.key).await;
+    pub(crate) async fn park(&self, park: Park, hold: Hold) {
+        if let Err(mpsc::error::SendError((_, hold))) = self.0.send((park, hold)).await {
+            hold.put_back().await;
         }
     }
 }
 
-async fn park(pool: &PgPool, patience: &Patience, batch: Vec<(Park, Box<dyn Lease>)>) {
-    let (parked, leases): (Vec<Park>, Vec<Box<dyn Lease>>) = batch.into_iter().unzip();
+async fn park(pool: &PgPool, patience: &Patience, batch: Vec<(Park, Hold)>) {
+    // Somebody else has what was held for too long, and has perhaps delivered it.
+    let (parked, holds): (Vec<Park>, Vec<Hold>) =
+        batch.into_iter().filter(|(_, hold)| !hold.is_lost()).unzip();
     let mut said = false;
     while let Err(failed) = pg::park(pool, &parked).await {
         if !said {
@@ -49,21 +50,19 @@ async fn park(pool: &PgPool, patience: &Patience, batch: Vec<(Park, Box<dyn Leas
             said = true;
         }
         if patience.wait().await.is_none() {
-            for (park, lease) in parked.iter().zip(leases) {
-                put_back(lease, &park.key).await;
+            for hold in holds {
+                hold.put_back().await;
             }
             return;
         }
-        for (park, lease) in parked.iter().zip(&leases) {
-            extend(lease.as_ref(), &park.key).await;
+        for hold in &holds {
+            hold.extend().await;
         }
     }
     if said {
         info!(deliveries = parked.len(), "Parked");
     }
-    for (park, lease) in parked.iter().zip(leases) {
-        if let Err(failed) = lease.ack().await {
-            warn!(delivery.id = %park.key.id, error = %Chain(&failed), "Parked, but not acknowledged");
-        }
+    for hold in holds {
+        hold.ack().await;
     }
 }

@@ -345,7 +345,7 @@ impl Stack {
     pub async fn undelivered(&self) -> Result<u64> {
         let mut owner = PgConnection::connect(self.database.url()).await?;
         let rows: i64 = sqlx::query_scalar(
-            "SELECT (SELECT count(*) FROM delivery_queue) + (SELECT count(*) FROM parked_deliveries) \
+            "SELECT (SELECT count(*) FROM delivery_queue) + (SELECT count(*) FROM delivery_states WHERE state = 'waiting') \
              + (SELECT count(*) FROM outbox WHERE finished_at IS NULL)",
         )
         .fetch_one(&mut owner)

@@ -11,6 +11,8 @@ use std::{
 };
 
 use bus_core::{
+    clock::Clock,
+    delivery::Progress,
     ids::{EventUid, Ids, KeyId, OrganizationId, OutboxId},
     launcher::Ctx,
     matcher::Snapshot,
@@ -57,6 +59,7 @@ pub(crate) struct Committer {
     pub(crate) snapshots: Snapshots,
     pub(crate) fanouts: FanOuts,
     pub(crate) ids: Arc<dyn Ids>,
+    pub(crate) clock: Arc<dyn Clock>,
     pub(crate) config: PublishConfig,
     /// Prefix and lanes, if the queue is a table of the same database: the deliveries then go in with
     /// the events, and there is nothing left to fan out.
@@ -261,10 +264,11 @@ impl Committer {
             return Ok(None);
         }
         if let Some((prefix, lanes)) = &self.queue_in_database {
+            let progress = Progress::new(self.clock.now());
             let mut keys = Vec::with_capacity(MAX_QUEUED);
             for event in &events {
                 for target in &event.targets {
-                    keys.push((event.delivery(target), 0));
+                    keys.push((event.delivery(target), progress));
                     if keys.len() == MAX_QUEUED {
                         pg::insert_queued(transaction, &keys, *lanes).await?;
                         keys.clear();

@@ -12,7 +12,8 @@ use std::{
 };
 
 use bus_core::{
-    delivery::DeliveryKey,
+    clock::Clock,
+    delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, OutboxId, SubscriptionId},
     launcher::{BoxError, Ctx},
     matcher::Candidate,
@@ -99,6 +100,7 @@ pub(crate) struct FanOuts {
     room: Arc<Semaphore>,
     tasks: TaskTracker,
     finished: mpsc::Sender<OutboxId>,
+    clock: Arc<dyn Clock>,
     /// The last fan-out succeeded.
     healthy: Arc<AtomicBool>,
 }
@@ -108,7 +110,8 @@ impl FanOuts {
         let (finished, rows) = mpsc::channel(CHUNK);
         ctx.spawn("finished fan-outs", mark_finished(pool, rows, ctx.stop.clone()));
         let room = Arc::new(Semaphore::new(ctx.config.publish.fan_outs));
-        Self { queue, room, tasks: ctx.tasks.clone(), finished, healthy: Arc::new(AtomicBool::new(true)) }
+        let (tasks, clock) = (ctx.tasks.clone(), Arc::clone(&ctx.clock));
+        Self { queue, room, tasks, finished, clock, healthy: Arc::new(AtomicBool::new(true)) }
     }
 
     /// Starts a fan-out. While there is no room the committer waits, and with it those who publish; but not
@@ -144,7 +147,7 @@ impl FanOuts {
     }
 
     async fn run(&self, events: &[FanOutEvent]) -> Result<(), QueueError> {
-        let mut chunks = Chunks::new(self.queue.as_ref());
+        let mut chunks = Chunks::new(self.queue.as_ref(), Progress::new(self.clock.now()));
         for event in events {
             let body = Body::bounded(&event.body);
             for target in &event.targets {
@@ -158,16 +161,17 @@ impl FanOuts {
 /// Puts deliveries into the queue, [`CHUNK`] at a time.
 pub(crate) struct Chunks<'q> {
     queue: &'q dyn DeliveryQueue,
+    progress: Progress,
     chunk: Vec<Enqueue>,
 }
 
 impl<'q> Chunks<'q> {
-    pub(crate) fn new(queue: &'q dyn DeliveryQueue) -> Self {
-        Self { queue, chunk: Vec::new() }
+    pub(crate) fn new(queue: &'q dyn DeliveryQueue, progress: Progress) -> Self {
+        Self { queue, progress, chunk: Vec::new() }
     }
 
     pub(crate) async fn push(&mut self, key: DeliveryKey, body: &Body) -> Result<(), QueueError> {
-        self.chunk.push(Enqueue { key, attempts: 0, body: body.clone() });
+        self.chunk.push(Enqueue { key, progress: self.progress, body: body.clone() });
         if self.chunk.len() == CHUNK { self.send().await } else { Ok(()) }
     }
 

@@ -59,6 +59,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         snapshots: snapshots.clone(),
         fanouts,
         ids: ctx.ids.clone(),
+        clock: ctx.clock.clone(),
         config: publish.clone(),
         queue_in_database: (ctx.common.backend == Backend::Postgres)
             .then(|| (ctx.common.prefix.clone(), ctx.common.lanes)),
@@ -68,6 +69,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
     let relay = Relay {
         pool: pool.clone(),
         queue: transport.queue.clone(),
+        clock: ctx.clock.clone(),
         config: publish.clone(),
         beat,
         stop: ctx.stop.clone(),

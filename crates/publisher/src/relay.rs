@@ -3,6 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use bus_core::{
+    clock::Clock,
+    delivery::Progress,
     launcher::{BoxError, Heartbeat},
     pg::{self, Unfinished},
     queue::{DeliveryQueue, QueueError},
@@ -30,6 +32,7 @@ const EVENTS: usize = 20;
 pub(crate) struct Relay {
     pub(crate) pool: PgPool,
     pub(crate) queue: Arc<dyn DeliveryQueue>,
+    pub(crate) clock: Arc<dyn Clock>,
     pub(crate) config: PublishConfig,
     pub(crate) beat: Heartbeat,
     pub(crate) stop: CancellationToken,
@@ -79,7 +82,7 @@ impl Relay {
         let mut left = &row.events[..];
         while !left.is_empty() {
             let (events, rest) = left.split_at(left.len().min(EVENTS));
-            let mut chunks = Chunks::new(self.queue.as_ref());
+            let mut chunks = Chunks::new(self.queue.as_ref(), Progress::new(self.clock.now()));
             for event in pg::load_fan_out(&self.pool, events).await? {
                 for key in &event.deliveries {
                     chunks.push(*key, &event.body).await?;

@@ -79,7 +79,10 @@ async fn i4_deliveries_that_need_an_absent_database_are_held_and_charged_nothing
     })
     .await;
     assert_eq!(attempts, [(1, "failed".to_owned()), (2, "delivered".to_owned())]);
-    let dead: i64 = sqlx::query_scalar("SELECT count(*) FROM dead_letters").fetch_one(&pool).await.unwrap();
+    let dead: i64 = sqlx::query_scalar("SELECT count(*) FROM delivery_states WHERE state = 'dead'")
+        .fetch_one(&pool)
+        .await
+        .unwrap();
     assert_eq!(dead, 0);
     pool.close().await;
     stack.shutdown().await.unwrap();

@@ -162,7 +162,7 @@ async fn a_long_retry_is_parked_and_comes_back_and_a_hopeless_one_is_dead_letter
     assert_eq!(dead["items"][0]["reason"], "attempts_exhausted");
     let pool = stack.owner_pool().await.unwrap();
     let row: (i32, Option<i32>, Option<Vec<u8>>) =
-        sqlx::query_as("SELECT attempts, last_status, last_body FROM dead_letters")
+        sqlx::query_as("SELECT attempts, last_status, last_body FROM delivery_states WHERE state = 'dead'")
             .fetch_one(&pool)
             .await
             .unwrap();

@@ -1,28 +1,51 @@
-//! What the delivery path keeps in the database: parked retries and dead letters, and what a worker
-//! reads of connections and bodies.
+//! Deliveries that have left the straight path: waiting for a retry, given up, or closed from outside.
+//!
+//! Each has one row in `delivery_states`, and every transition is one guarded upsert of it; the state
+//! machine is [`State`](crate::lifecycle::State).
+
+use std::time::Duration;
 
 use bytes::Bytes;
-use sqlx::{PgPool, Row as _};
+use jiff::Timestamp;
+use sqlx::{PgPool, Row as _, postgres::PgRow};
 use uuid::Uuid;
 
 use super::{During as _, StoreError, publish::seconds};
 use crate::{
-    delivery::DeliveryKey,
-    ids::{DeliveryId, EventUid},
+    delivery::{DeliveryKey, Progress},
+    ids::{ConnectionId, DeliveryId, EventUid, OrganizationId},
+    lifecycle::State,
     queue::{Body, MAX_INLINE},
 };
+
+/// What came of the last attempt, if there was one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LastAttempt {
+    /// The HTTP status, if there was an answer.
+    pub status: Option<u16>,
+    /// The start of the answer, at most 16 KiB.
+    pub body: Option<Bytes>,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// When it began.
+    pub at: Option<Timestamp>,
+    /// How long it took.
+    pub duration: Option<Duration>,
+}
 
 /// A retry that waits longer than the queue should hold it.
 #[derive(Debug, Clone)]
 pub struct Park {
     /// The delivery.
     pub key: DeliveryKey,
-    /// Attempts made so far.
-    pub attempts: u32,
-    /// From now on, seconds (the database's now).
-    pub wait_s: f64,
+    /// What it will be when it returns: the turn after the one that was tried.
+    pub next: Progress,
+    /// From now on (the database's now).
+    pub wait: Duration,
     /// Why it waits.
     pub reason: String,
+    /// What was tried.
+    pub last: LastAttempt,
 }
 
 /// A parked delivery that is due, held by the caller.
@@ -30,8 +53,8 @@ pub struct Park {
 pub struct Due {
     /// The delivery.
     pub key: DeliveryKey,
-    /// Attempts made so far.
-    pub attempts: u32,
+    /// How far it has come.
+    pub progress: Progress,
     /// The event's bytes, as far as the queue carries them; `None` if it has expired meanwhile.
     pub body: Option<Body>,
 }
@@ -41,38 +64,45 @@ pub struct Due {
 pub struct DeadLetter {
     /// The delivery.
     pub key: DeliveryKey,
-    /// Attempts made.
-    pub attempts: u32,
+    /// How far it came, the last attempt included.
+    pub progress: Progress,
     /// Why it is given up: a short stable word.
     pub reason: &'static str,
-    /// The last HTTP status, if there was an answer.
-    pub last_status: Option<u16>,
-    /// The start of the last answer.
-    pub last_body: Option<Bytes>,
-    /// The last failure.
-    pub last_error: Option<String>,
+    /// What was tried last.
+    pub last: LastAttempt,
 }
 
 impl DeadLetter {
-    /// A delivery given up without a last answer.
-    pub fn new(key: DeliveryKey, attempts: u32, reason: &'static str) -> Self {
-        Self { key, attempts, reason, last_status: None, last_body: None, last_error: None }
+    /// A delivery given up without a last attempt.
+    pub fn new(key: DeliveryKey, progress: Progress, reason: &'static str) -> Self {
+        Self { key, progress, reason, last: LastAttempt::default() }
     }
 }
 
-/// Parks deliveries. One that is parked already keeps the later state: the higher number of attempts.
+/// Parks deliveries. One that is closed or dead, or has come further than this turn, stays as it is.
 pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
     let each = |f: fn(&DeliveryKey) -> Uuid| parked.iter().map(|park| f(&park.key)).collect::<Vec<_>>();
+    let int = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
+    let since: Vec<jiff_sqlx::Timestamp> = parked.iter().map(|park| park.next.since.into()).collect();
+    let at: Vec<Option<jiff_sqlx::Timestamp>> =
+        parked.iter().map(|park| park.last.at.map(Into::into)).collect();
     sqlx::query(
-        "INSERT INTO parked_deliveries AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
-                                             connection_version, attempts, due_at, reason)
-         SELECT d, e, o, s, c, v, n, now() + make_interval(secs => wait), reason
+        "INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
+                                           connection_version, state, attempts, turn, since, due_at, reason,
+                                           last_status, last_error, last_attempt_at, last_duration_ms)
+         SELECT d, e, o, s, c, v, 'waiting', n, t, a, now() + make_interval(secs => wait), reason,
+                status, error, at, duration
          FROM UNNEST($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::uuid[], $6::int8[], $7::int4[],
-                     $8::float8[], $9::text[]) AS u (d, e, o, s, c, v, n, wait, reason)
+                     $8::int8[], $9::timestamptz[], $10::float8[], $11::text[], $12::int4[], $13::text[],
+                     $14::timestamptz[], $15::int4[])
+              AS u (d, e, o, s, c, v, n, t, a, wait, reason, status, error, at, duration)
          ON CONFLICT (delivery_id) DO UPDATE
-             SET attempts = excluded.attempts, due_at = excluded.due_at, reason = excluded.reason,
-                 connection_version = excluded.connection_version, lease_until = '-infinity'
-             WHERE p.attempts < excluded.attempts",
+             SET state = 'waiting', attempts = excluded.attempts, turn = excluded.turn, since = excluded.since,
+                 due_at = excluded.due_at, lease_until = '-infinity', reason = excluded.reason,
+                 connection_version = excluded.connection_version, last_status = excluded.last_status,
+                 last_body = NULL, last_error = excluded.last_error, last_attempt_at = excluded.last_attempt_at,
+                 last_duration_ms = excluded.last_duration_ms, changed_at = now()
+             WHERE p.state IN ('waiting', 'queued') AND p.turn < excluded.turn",
     )
     .bind(each(|key| key.id.0))
     .bind(each(|key| key.event.0))
@@ -80,13 +110,23 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
     .bind(each(|key| key.subscription.0))
     .bind(each(|key| key.connection.0))
     .bind(parked.iter().map(|park| park.key.connection_version).collect::<Vec<_>>())
-    .bind(parked.iter().map(|park| i32::try_from(park.attempts).unwrap_or(i32::MAX)).collect::<Vec<_>>())
-    .bind(parked.iter().map(|park| park.wait_s).collect::<Vec<_>>())
+    .bind(parked.iter().map(|park| int(park.next.attempts)).collect::<Vec<_>>())
+    .bind(parked.iter().map(|park| park.next.turn).collect::<Vec<_>>())
+    .bind(since)
+    .bind(parked.iter().map(|park| park.wait.as_secs_f64()).collect::<Vec<_>>())
     .bind(parked.iter().map(|park| park.reason.as_str()).collect::<Vec<_>>())
+    .bind(parked.iter().map(|park| park.last.status.map(i32::from)).collect::<Vec<_>>())
+    .bind(parked.iter().map(|park| park.last.error.as_deref()).collect::<Vec<_>>())
+    .bind(at)
+    .bind(parked.iter().map(|park| park.last.duration.map(millis)).collect::<Vec<_>>())
     .execute(pool)
     .await
     .during("park deliveries")?;
     Ok(())
+}
+
+fn millis(duration: Duration) -> i32 {
+    i32::try_from(duration.as_millis()).unwrap_or(i32::MAX)
 }
 
 /// Takes at most `limit` due deliveries for `lease_s` seconds, the longest due first.
@@ -94,18 +134,20 @@ pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due
     const OPERATION: &str = "take due deliveries";
     let rows = sqlx::query(
         "WITH due AS (
-             SELECT delivery_id FROM parked_deliveries
-             WHERE greatest(due_at, lease_until) <= now()
+             SELECT delivery_id FROM delivery_states
+             WHERE state = 'waiting' AND greatest(due_at, lease_until) <= now()
              ORDER BY greatest(due_at, lease_until)
              LIMIT $1
              FOR UPDATE SKIP LOCKED
+         ), taken AS (
+             UPDATE delivery_states p SET lease_until = now() + make_interval(secs => $2)
+             FROM due
+             WHERE p.delivery_id = due.delivery_id
+             RETURNING p.*
          )
-         UPDATE parked_deliveries p SET lease_until = now() + make_interval(secs => $2)
-         FROM due
-         WHERE p.delivery_id = due.delivery_id
-         RETURNING p.delivery_id, p.event_uid, p.organization_id, p.subscription_id, p.connection_id,
-                   p.connection_version, p.attempts, EXISTS (SELECT FROM events e WHERE e.uid = p.event_uid) AS stored,
-                   (SELECT e.body FROM events e WHERE e.uid = p.event_uid AND octet_length(e.body) <= $3) AS body",
+         SELECT t.*, EXISTS (SELECT FROM events e WHERE e.uid = t.event_uid) AS stored,
+                (SELECT e.body FROM events e WHERE e.uid = t.event_uid AND octet_length(e.body) <= $3) AS body
+         FROM taken t ORDER BY t.due_at, t.delivery_id",
     )
     .bind(i64::from(limit))
     .bind(seconds(lease_s))
@@ -116,70 +158,240 @@ pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due
     rows.iter().map(due).collect::<Result<_, _>>().during(OPERATION)
 }
 
-fn due(row: &sqlx::postgres::PgRow) -> Result<Due, sqlx::Error> {
+fn due(row: &PgRow) -> Result<Due, sqlx::Error> {
     let body: Option<Vec<u8>> = row.try_get("body")?;
     let stored: bool = row.try_get("stored")?;
     Ok(Due {
-        key: DeliveryKey {
-            id: DeliveryId(row.try_get("delivery_id")?),
-            event: EventUid(row.try_get("event_uid")?),
-            organization: row.try_get::<Uuid, _>("organization_id")?.into(),
-            subscription: row.try_get::<Uuid, _>("subscription_id")?.into(),
-            connection: row.try_get::<Uuid, _>("connection_id")?.into(),
-            connection_version: row.try_get("connection_version")?,
-        },
-        attempts: u32::try_from(row.try_get::<i32, _>("attempts")?).unwrap_or(0),
+        key: key(row)?,
+        progress: progress(row)?,
         body: body.map(|body| Body::Inline(body.into())).or_else(|| stored.then_some(Body::Stored)),
     })
 }
 
-/// Removes deliveries that are back in the queue, unless they were parked again since.
-pub async fn unpark(pool: &PgPool, back: &[(DeliveryId, u32)]) -> Result<(), StoreError> {
+/// The key in a row with the columns of `delivery_states` or `delivery_queue`.
+pub(crate) fn key(row: &PgRow) -> Result<DeliveryKey, sqlx::Error> {
+    Ok(DeliveryKey {
+        id: DeliveryId(row.try_get("delivery_id")?),
+        event: EventUid(row.try_get("event_uid")?),
+        organization: row.try_get::<Uuid, _>("organization_id")?.into(),
+        subscription: row.try_get::<Uuid, _>("subscription_id")?.into(),
+        connection: row.try_get::<Uuid, _>("connection_id")?.into(),
+        connection_version: row.try_get("connection_version")?,
+    })
+}
+
+/// The progress in a row with the columns of `delivery_states` or `delivery_queue`.
+pub(crate) fn progress(row: &PgRow) -> Result<Progress, sqlx::Error> {
+    Ok(Progress {
+        attempts: u32::try_from(row.try_get::<i32, _>("attempts")?).unwrap_or(0),
+        turn: row.try_get("turn")?,
+        since: row.try_get::<jiff_sqlx::Timestamp, _>("since")?.to_jiff(),
+    })
+}
+
+/// Notes that due deliveries are back in the queue, unless something happened to them meanwhile.
+pub async fn returned(pool: &PgPool, back: &[(DeliveryId, i64)]) -> Result<(), StoreError> {
     sqlx::query(
-        "DELETE FROM parked_deliveries p
-         USING UNNEST($1::uuid[], $2::int4[]) AS b (delivery_id, attempts)
-         WHERE p.delivery_id = b.delivery_id AND p.attempts = b.attempts",
+        "UPDATE delivery_states p
+         SET state = 'queued', due_at = NULL, lease_until = '-infinity', changed_at = now()
+         FROM UNNEST($1::uuid[], $2::int8[]) AS b (delivery_id, turn)
+         WHERE p.delivery_id = b.delivery_id AND p.turn = b.turn AND p.state = 'waiting'",
     )
     .bind(back.iter().map(|(id, _)| id.0).collect::<Vec<_>>())
-    .bind(back.iter().map(|(_, attempts)| i32::try_from(*attempts).unwrap_or(i32::MAX)).collect::<Vec<_>>())
+    .bind(back.iter().map(|(_, turn)| *turn).collect::<Vec<_>>())
     .execute(pool)
     .await
-    .during("remove parked deliveries")?;
+    .during("note that deliveries are back in the queue")?;
     Ok(())
 }
 
 /// Seconds until the next parked delivery is due, if any is parked; negative when overdue.
 pub async fn next_due_in(pool: &PgPool) -> Result<Option<f64>, StoreError> {
     sqlx::query_scalar(
-        "SELECT extract(epoch FROM min(greatest(due_at, lease_until)) - now())::float8 FROM parked_deliveries",
+        "SELECT extract(epoch FROM min(greatest(due_at, lease_until)) - now())::float8
+         FROM delivery_states WHERE state = 'waiting'",
     )
     .fetch_one(pool)
     .await
     .during("read the next due time")
 }
 
-/// Records a delivery as given up. Repeated for the same delivery, it keeps the first record.
-pub async fn insert_dead_letter(pool: &PgPool, dead: &DeadLetter) -> Result<(), StoreError> {
+/// Records a delivery as given up. One that is closed, dead already, or has come further than this turn,
+/// stays as it is.
+pub async fn bury(pool: &PgPool, dead: &DeadLetter) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO dead_letters (delivery_id, event_uid, organization_id, subscription_id, connection_id, attempts,
-                                   reason, last_status, last_body, last_error)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
-         ON CONFLICT (delivery_id) DO NOTHING",
+        "INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
+                                           connection_version, state, attempts, turn, since, reason, last_status,
+                                           last_body, last_error, last_attempt_at, last_duration_ms)
+         VALUES ($1, $2, $3, $4, $5, $6, 'dead', $7, $8, $9, $10, $11, $12, $13, $14, $15)
+         ON CONFLICT (delivery_id) DO UPDATE
+             SET state = 'dead', attempts = excluded.attempts, turn = excluded.turn, since = excluded.since,
+                 due_at = NULL, lease_until = '-infinity', reason = excluded.reason,
+                 connection_version = excluded.connection_version,
+                 last_status = coalesce(excluded.last_status, p.last_status),
+                 last_body = coalesce(excluded.last_body, p.last_body),
+                 last_error = coalesce(excluded.last_error, p.last_error),
+                 last_attempt_at = coalesce(excluded.last_attempt_at, p.last_attempt_at),
+                 last_duration_ms = coalesce(excluded.last_duration_ms, p.last_duration_ms), changed_at = now()
+             WHERE p.state IN ('waiting', 'queued') AND p.turn <= excluded.turn",
     )
     .bind(dead.key.id.0)
     .bind(dead.key.event.0)
     .bind(dead.key.organization.0)
     .bind(dead.key.subscription.0)
     .bind(dead.key.connection.0)
-    .bind(i32::try_from(dead.attempts).unwrap_or(i32::MAX))
+    .bind(dead.key.connection_version)
+    .bind(i32::try_from(dead.progress.attempts).unwrap_or(i32::MAX))
+    .bind(dead.progress.turn)
+    .bind(jiff_sqlx::Timestamp::from(dead.progress.since))
     .bind(dead.reason)
-    .bind(dead.last_status.map(i32::from))
-    .bind(dead.last_body.as_deref())
-    .bind(dead.last_error.as_deref())
+    .bind(dead.last.status.map(i32::from))
+    .bind(dead.last.body.as_deref())
+    .bind(dead.last.error.as_deref())
+    .bind(dead.last.at.map(jiff_sqlx::Timestamp::from))
+    .bind(dead.last.duration.map(millis))
     .execute(pool)
     .await
     .during("record a dead letter")?;
     Ok(())
+}
+
+/// Where a delivery stands, and since which turn; `None` if it never left the straight path.
+pub async fn standing(pool: &PgPool, delivery: DeliveryId) -> Result<Option<(State, i64)>, StoreError> {
+    const OPERATION: &str = "read where a delivery stands";
+    let row = sqlx::query("SELECT state, turn FROM delivery_states WHERE delivery_id = $1")
+        .bind(delivery.0)
+        .fetch_optional(pool)
+        .await
+        .during(OPERATION)?;
+    row.map(|row| {
+        let text: String = row.try_get("state").during(OPERATION)?;
+        let state = text.parse().map_err(|()| StoreError::Inconsistent {
+            table: "delivery_states",
+            id: delivery.to_string(),
+            problem: format!("unknown state {text}"),
+        })?;
+        Ok((state, row.try_get("turn").during(OPERATION)?))
+    })
+    .transpose()
+}
+
+/// Closes the deliveries of an event to a connection that are still open, as far as is known: those without a
+/// row may be delivered already. Answers which are closed now, by this call or an earlier one; `None` if the
+/// organization has no such event.
+pub async fn close_deliveries(
+    pool: &PgPool,
+    organization: OrganizationId,
+    event: EventUid,
+    connection: ConnectionId,
+    closed: Closed,
+) -> Result<Option<Vec<DeliveryId>>, StoreError> {
+    const OPERATION: &str = "close an event's deliveries";
+    let matched = sqlx::query(
+        "SELECT s.id
+         FROM events e
+         LEFT JOIN LATERAL UNNEST(e.subscriptions) AS m (id) ON true
+         LEFT JOIN subscriptions s ON s.id = m.id AND s.connection_id = $3
+         WHERE e.uid = $1 AND e.organization_id = $2",
+    )
+    .bind(event.0)
+    .bind(organization.0)
+    .bind(connection.0)
+    .fetch_all(pool)
+    .await
+    .during(OPERATION)?;
+    if matched.is_empty() {
+        return Ok(None);
+    }
+    let subscriptions: Vec<Uuid> = matched
+        .iter()
+        .filter_map(|row| row.try_get::<Option<Uuid>, _>("id").transpose())
+        .collect::<Result<_, _>>()
+        .during(OPERATION)?;
+    let deliveries: Vec<Uuid> =
+        subscriptions.iter().map(|id| DeliveryId::derive(event, (*id).into()).0).collect();
+    let rows = sqlx::query(
+        "WITH wanted AS (
+             SELECT delivery_id, subscription_id FROM UNNEST($4::uuid[], $5::uuid[]) AS m (delivery_id, subscription_id)
+             UNION
+             -- replayed to a subscription that did not match when the event was published
+             SELECT delivery_id, subscription_id FROM delivery_states
+             WHERE event_uid = $1 AND organization_id = $2 AND connection_id = $3
+         )
+         INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
+                                           connection_version, state, turn, attempts, since)
+         SELECT w.delivery_id, $1, $2, w.subscription_id, $3, 0, $6, 0, 0, now() FROM wanted w
+         ON CONFLICT (delivery_id) DO UPDATE
+             SET state = excluded.state, due_at = NULL, lease_until = '-infinity', changed_at = now()
+             WHERE p.state IN ('waiting', 'queued') OR p.state = excluded.state
+         RETURNING p.delivery_id",
+    )
+    .bind(event.0)
+    .bind(organization.0)
+    .bind(connection.0)
+    .bind(deliveries)
+    .bind(subscriptions)
+    .bind(State::from(closed).as_str())
+    .fetch_all(pool)
+    .await
+    .during(OPERATION)?;
+    let closed = rows.iter().map(|row| row.try_get("delivery_id").map(DeliveryId)).collect::<Result<_, _>>();
+    Ok(Some(closed.during(OPERATION)?))
+}
+
+/// How a delivery is closed from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closed {
+    /// The subscriber says that it has the event.
+    Acked,
+    /// The event is not to be delivered.
+    Cancelled,
+}
+
+impl From<Closed> for State {
+    fn from(closed: Closed) -> Self {
+        match closed {
+            Closed::Acked => Self::Acked,
+            Closed::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+/// At most `limit` deliveries that were closed in the last `within` seconds, the latest first.
+pub async fn closed_lately(pool: &PgPool, within_s: u64, limit: u32) -> Result<Vec<DeliveryId>, StoreError> {
+    const OPERATION: &str = "read the closed deliveries";
+    let rows = sqlx::query(
+        "SELECT delivery_id FROM delivery_states
+         WHERE state IN ('acked', 'cancelled') AND changed_at > now() - make_interval(secs => $1)
+         ORDER BY changed_at DESC LIMIT $2",
+    )
+    .bind(seconds(within_s))
+    .bind(i64::from(limit))
+    .fetch_all(pool)
+    .await
+    .during(OPERATION)?;
+    rows.iter()
+        .map(|row| row.try_get("delivery_id").map(DeliveryId))
+        .collect::<Result<_, _>>()
+        .during(OPERATION)
+}
+
+/// Removes at most `limit` rows of deliveries that are over: what they say is in history, or was never more
+/// than a guard against late results.
+pub async fn sweep_states(pool: &PgPool, keep: Duration, limit: u32) -> Result<u64, StoreError> {
+    let swept = sqlx::query(
+        "DELETE FROM delivery_states WHERE delivery_id IN (
+             SELECT delivery_id FROM delivery_states
+             WHERE state IN ('queued', 'delivered', 'acked', 'cancelled')
+               AND changed_at < now() - make_interval(secs => $1)
+             LIMIT $2 FOR UPDATE SKIP LOCKED)",
+    )
+    .bind(keep.as_secs_f64())
+    .bind(i64::from(limit))
+    .execute(pool)
+    .await
+    .during("sweep deliveries that are over")?;
+    Ok(swept.rows_affected())
 }
 
 /// The CloudEvent of a delivery that travels without it.

@@ -9,41 +9,36 @@ use uuid::Uuid;
 use super::{During as _, StoreError};
 use crate::{
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, SubscriptionId},
-    receipt::Receipt,
+    lifecycle::State,
+    receipt::{Receipt, ReceiptOutcome},
 };
 
 /// Where a delivery stands, as far as the database knows. Attempts arrive here about a second after
 /// they were made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeliveryStatus {
-    /// In the queue or in flight, and not attempted yet as far as is known.
+    /// In the queue or in flight, and not attempted yet in this turn as far as is known.
     Pending,
-    /// It failed and will be tried again.
+    /// It failed or was deferred and will be tried again.
     Waiting,
     /// The subscriber took it.
     Delivered,
     /// It is given up.
     Dead,
-}
-
-impl DeliveryStatus {
-    /// As the API says it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "pending",
-            Self::Waiting => "waiting",
-            Self::Delivered => "delivered",
-            Self::Dead => "dead",
-        }
-    }
+    /// The subscriber said through the API that it has it.
+    Acked,
+    /// It is not to be delivered.
+    Cancelled,
 }
 
 /// One finished attempt.
 #[derive(Debug, Clone)]
 pub struct AttemptRecord {
-    /// 1 is the first.
+    /// The failed attempts before this one, plus one.
     pub attempt: u32,
-    /// `delivered`, `failed` or `dead`.
+    /// The delivery's turn.
+    pub turn: i64,
+    /// `delivered`, `failed`, `deferred` or `dead`.
     pub outcome: String,
     /// The HTTP status, if an answer came.
     pub status: Option<u16>,
@@ -74,16 +69,17 @@ pub struct DeliveryRecord {
     pub attempts: Vec<AttemptRecord>,
 }
 
-/// Appends finished attempts. Repeated receipts change nothing.
+/// Appends finished attempts, and notes of deliveries that had left the straight path that they are over.
+/// Repeated receipts change nothing.
 pub async fn insert_attempts(pool: &PgPool, receipts: &[Receipt]) -> Result<(), StoreError> {
     let each = |f: fn(&Receipt) -> Uuid| receipts.iter().map(f).collect::<Vec<_>>();
     let times: Vec<jiff_sqlx::Timestamp> = receipts.iter().map(|receipt| receipt.at.into()).collect();
     let int = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
     sqlx::query(
         "INSERT INTO delivery_attempts (delivery_id, attempt, event_uid, organization_id, subscription_id,
-                                        connection_id, outcome, status, error, at, duration_ms)
+                                        connection_id, outcome, status, error, at, duration_ms, turn)
          SELECT * FROM UNNEST($1::uuid[], $2::int4[], $3::uuid[], $4::uuid[], $5::uuid[], $6::uuid[], $7::text[],
-                              $8::int4[], $9::text[], $10::timestamptz[], $11::int4[])
+                              $8::int4[], $9::text[], $10::timestamptz[], $11::int4[], $12::int8[])
          ON CONFLICT DO NOTHING",
     )
     .bind(each(|receipt| receipt.delivery.0))
@@ -97,9 +93,29 @@ pub async fn insert_attempts(pool: &PgPool, receipts: &[Receipt]) -> Result<(), 
     .bind(receipts.iter().map(|receipt| receipt.error.as_deref()).collect::<Vec<_>>())
     .bind(times)
     .bind(receipts.iter().map(|receipt| int(receipt.duration_ms)).collect::<Vec<_>>())
+    .bind(receipts.iter().map(|receipt| receipt.turn).collect::<Vec<_>>())
     .execute(pool)
     .await
     .during("record attempts")?;
+    let over: Vec<&Receipt> = receipts
+        .iter()
+        .filter(|receipt| receipt.turn > 0 && receipt.outcome == ReceiptOutcome::Delivered)
+        .collect();
+    if over.is_empty() { Ok(()) } else { mark_delivered(pool, &over).await }
+}
+
+async fn mark_delivered(pool: &PgPool, receipts: &[&Receipt]) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE delivery_states p
+         SET state = 'delivered', due_at = NULL, lease_until = '-infinity', changed_at = now()
+         FROM UNNEST($1::uuid[], $2::int8[]) AS r (delivery_id, turn)
+         WHERE p.delivery_id = r.delivery_id AND p.turn <= r.turn AND p.state IN ('waiting', 'queued')",
+    )
+    .bind(receipts.iter().map(|receipt| receipt.delivery.0).collect::<Vec<_>>())
+    .bind(receipts.iter().map(|receipt| receipt.turn).collect::<Vec<_>>())
+    .execute(pool)
+    .await
+    .during("note deliveries that are over")?;
     Ok(())
 }
 
@@ -111,10 +127,19 @@ pub async fn event_deliveries(
 ) -> Result<Option<Vec<DeliveryRecord>>, StoreError> {
     const OPERATION: &str = "read an event's deliveries";
     let matched = sqlx::query(
-        "SELECT s.id, s.connection_id
+        "WITH wanted AS (
+             SELECT m.id FROM events e CROSS JOIN LATERAL UNNEST(e.subscriptions) AS m (id)
+             WHERE e.uid = $1 AND e.organization_id = $2
+             UNION
+             -- replayed to a subscription that did not match when the event was published
+             SELECT subscription_id FROM delivery_states WHERE event_uid = $1 AND organization_id = $2
+             UNION
+             SELECT subscription_id FROM delivery_attempts WHERE event_uid = $1 AND organization_id = $2
+         )
+         SELECT s.id, s.connection_id
          FROM events e
-         LEFT JOIN LATERAL UNNEST(e.subscriptions) AS m (id) ON true
-         LEFT JOIN subscriptions s ON s.id = m.id
+         LEFT JOIN wanted w ON true
+         LEFT JOIN subscriptions s ON s.id = w.id
          WHERE e.uid = $1 AND e.organization_id = $2
          ORDER BY s.id",
     )
@@ -127,8 +152,7 @@ pub async fn event_deliveries(
         return Ok(None);
     }
     let mut attempts = attempts(pool, event).await.during(OPERATION)?;
-    let parked = waiting(pool, event).await.during(OPERATION)?;
-    let dead = dead(pool, event).await.during(OPERATION)?;
+    let mut stray = stray(pool, event).await.during(OPERATION)?;
     let mut records = Vec::with_capacity(matched.len());
     for row in &matched {
         // An event that matched nothing has one row without a subscription.
@@ -136,21 +160,11 @@ pub async fn event_deliveries(
         let subscription = SubscriptionId(subscription);
         let id = DeliveryId::derive(event, subscription);
         let attempts = attempts.remove(&id).unwrap_or_default();
-        let delivered = attempts.iter().any(|attempt| attempt.outcome == "delivered");
-        let (mut next_attempt_at, mut reason) = (None, None);
-        let status = if delivered {
-            DeliveryStatus::Delivered
-        } else if let Some(why) = dead.get(&id) {
-            reason = Some(why.clone());
-            DeliveryStatus::Dead
-        } else if let Some((at, why)) = parked.get(&id) {
-            (next_attempt_at, reason) = (Some(*at), Some(why.clone()));
-            DeliveryStatus::Waiting
-        } else if attempts.is_empty() {
-            DeliveryStatus::Pending
-        } else {
-            DeliveryStatus::Waiting
-        };
+        let stray = stray.remove(&id);
+        let status = status(stray.as_ref(), &attempts);
+        let shown = |status| matches!(status, DeliveryStatus::Waiting | DeliveryStatus::Dead);
+        let (next_attempt_at, reason) =
+            stray.filter(|_| shown(status)).map_or((None, None), |stray| (stray.due_at, stray.reason));
         let connection = row.try_get::<Uuid, _>("connection_id").during(OPERATION)?.into();
         records.push(DeliveryRecord {
             id,
@@ -165,13 +179,40 @@ pub async fn event_deliveries(
     Ok(Some(records))
 }
 
+/// A delivery's row in `delivery_states`.
+struct Stray {
+    state: State,
+    turn: i64,
+    due_at: Option<Timestamp>,
+    reason: Option<String>,
+}
+
+fn status(stray: Option<&Stray>, attempts: &[AttemptRecord]) -> DeliveryStatus {
+    let delivered_in =
+        attempts.iter().filter(|attempt| attempt.outcome == "delivered").map(|attempt| attempt.turn).max();
+    match stray {
+        // What happened in a later turn, a replay for example, is news.
+        Some(stray) if delivered_in.is_none_or(|turn| turn < stray.turn) => match stray.state {
+            State::Queued => DeliveryStatus::Pending,
+            State::Waiting => DeliveryStatus::Waiting,
+            State::Delivered => DeliveryStatus::Delivered,
+            State::Dead => DeliveryStatus::Dead,
+            State::Acked => DeliveryStatus::Acked,
+            State::Cancelled => DeliveryStatus::Cancelled,
+        },
+        _ if delivered_in.is_some() => DeliveryStatus::Delivered,
+        _ if attempts.is_empty() => DeliveryStatus::Pending,
+        _ => DeliveryStatus::Waiting,
+    }
+}
+
 async fn attempts(
     pool: &PgPool,
     event: EventUid,
 ) -> Result<BTreeMap<DeliveryId, Vec<AttemptRecord>>, sqlx::Error> {
     let rows = sqlx::query(
-        "SELECT delivery_id, attempt, outcome, status, error, at, duration_ms
-         FROM delivery_attempts WHERE event_uid = $1 ORDER BY delivery_id, attempt",
+        "SELECT delivery_id, attempt, turn, outcome, status, error, at, duration_ms
+         FROM delivery_attempts WHERE event_uid = $1 ORDER BY delivery_id, turn, at, attempt",
     )
     .bind(event.0)
     .fetch_all(pool)
@@ -181,6 +222,7 @@ async fn attempts(
         let number = |n: i32| u32::try_from(n).unwrap_or(0);
         attempts.entry(DeliveryId(row.try_get("delivery_id")?)).or_default().push(AttemptRecord {
             attempt: number(row.try_get("attempt")?),
+            turn: row.try_get("turn")?,
             outcome: row.try_get("outcome")?,
             status: row.try_get::<Option<i32>, _>("status")?.and_then(|status| u16::try_from(status).ok()),
             error: row.try_get("error")?,
@@ -191,28 +233,21 @@ async fn attempts(
     Ok(attempts)
 }
 
-async fn waiting(
-    pool: &PgPool,
-    event: EventUid,
-) -> Result<BTreeMap<DeliveryId, (Timestamp, String)>, sqlx::Error> {
-    sqlx::query("SELECT delivery_id, due_at, reason FROM parked_deliveries WHERE event_uid = $1")
+async fn stray(pool: &PgPool, event: EventUid) -> Result<BTreeMap<DeliveryId, Stray>, sqlx::Error> {
+    sqlx::query("SELECT delivery_id, state, turn, due_at, reason FROM delivery_states WHERE event_uid = $1")
         .bind(event.0)
         .fetch_all(pool)
         .await?
         .iter()
         .map(|row| {
-            let due: jiff_sqlx::Timestamp = row.try_get("due_at")?;
-            Ok((DeliveryId(row.try_get("delivery_id")?), (due.to_jiff(), row.try_get("reason")?)))
+            let state: String = row.try_get("state")?;
+            let stray = Stray {
+                state: state.parse().map_err(|()| sqlx::Error::Decode("unknown state".into()))?,
+                turn: row.try_get("turn")?,
+                due_at: row.try_get::<Option<jiff_sqlx::Timestamp>, _>("due_at")?.map(|due| due.to_jiff()),
+                reason: row.try_get("reason")?,
+            };
+            Ok((DeliveryId(row.try_get("delivery_id")?), stray))
         })
-        .collect()
-}
-
-async fn dead(pool: &PgPool, event: EventUid) -> Result<BTreeMap<DeliveryId, String>, sqlx::Error> {
-    sqlx::query("SELECT delivery_id, reason FROM dead_letters WHERE event_uid = $1")
-        .bind(event.0)
-        .fetch_all(pool)
-        .await?
-        .iter()
-        .map(|row| Ok((DeliveryId(row.try_get("delivery_id")?), row.try_get("reason")?)))
         .collect()
 }

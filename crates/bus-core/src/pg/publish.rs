@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::{During as _, StoreError};
 use crate::{
-    delivery::DeliveryKey,
+    delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, EventUid, KeyId, OrganizationId, OutboxId, SubscriptionId},
 };
 
@@ -264,11 +264,11 @@ pub fn enqueued_channel(prefix: &str) -> String {
     format!("{prefix}_enqueued")
 }
 
-/// Puts deliveries into the queue table of the Postgres backend. Those that are there already stay. None
-/// is fine.
+/// Puts deliveries into the queue table of the Postgres backend. Those that are there already stay, unless
+/// this is a later turn. None is fine.
 pub async fn insert_queued(
     connection: &mut PgConnection,
-    deliveries: &[(DeliveryKey, u32)],
+    deliveries: &[(DeliveryKey, Progress)],
     lanes: u16,
 ) -> Result<(), StoreError> {
     if deliveries.is_empty() {
@@ -276,12 +276,21 @@ pub async fn insert_queued(
     }
     let each = |f: fn(&DeliveryKey) -> Uuid| deliveries.iter().map(|(key, _)| f(key)).collect::<Vec<_>>();
     let lane = |key: &DeliveryKey| i16::try_from(key.organization.lane(lanes)).unwrap_or(i16::MAX);
+    let since: Vec<jiff_sqlx::Timestamp> =
+        deliveries.iter().map(|(_, progress)| progress.since.into()).collect();
     sqlx::query(
-        "INSERT INTO delivery_queue (delivery_id, lane, event_uid, organization_id, subscription_id, connection_id,
-                                     connection_version, attempts, visible_at)
-         SELECT *, now()
-         FROM UNNEST($1::uuid[], $2::int2[], $3::uuid[], $4::uuid[], $5::uuid[], $6::uuid[], $7::int8[], $8::int4[])
-         ON CONFLICT (delivery_id) DO NOTHING",
+        "INSERT INTO delivery_queue AS q (delivery_id, lane, event_uid, organization_id, subscription_id, connection_id,
+                                          connection_version, attempts, turn, since, visible_at)
+         SELECT d, l, e, o, s, c, v, n, t, a, now()
+         FROM UNNEST($1::uuid[], $2::int2[], $3::uuid[], $4::uuid[], $5::uuid[], $6::uuid[], $7::int8[], $8::int4[],
+                     $9::int8[], $10::timestamptz[])
+              WITH ORDINALITY AS u (d, l, e, o, s, c, v, n, t, a, place)
+         ORDER BY place
+         ON CONFLICT (delivery_id) DO UPDATE
+             SET attempts = excluded.attempts, turn = excluded.turn, since = excluded.since, handed_out = 0,
+                 connection_version = excluded.connection_version, visible_at = excluded.visible_at,
+                 lease_token = NULL
+             WHERE q.turn < excluded.turn",
     )
     .bind(each(|key| key.id.0))
     .bind(deliveries.iter().map(|(key, _)| lane(key)).collect::<Vec<_>>())
@@ -290,7 +299,9 @@ pub async fn insert_queued(
     .bind(each(|key| key.subscription.0))
     .bind(each(|key| key.connection.0))
     .bind(deliveries.iter().map(|(key, _)| key.connection_version).collect::<Vec<_>>())
-    .bind(deliveries.iter().map(|(_, n)| i32::try_from(*n).unwrap_or(i32::MAX)).collect::<Vec<_>>())
+    .bind(deliveries.iter().map(|(_, p)| i32::try_from(p.attempts).unwrap_or(i32::MAX)).collect::<Vec<_>>())
+    .bind(deliveries.iter().map(|(_, progress)| progress.turn).collect::<Vec<_>>())
+    .bind(since)
     .execute(connection)
     .await
     .during("enqueue deliveries")?;

@@ -13,21 +13,19 @@ use futures::{
     future::join_all,
     stream::{self, BoxStream, FuturesUnordered},
 };
-use tokio::sync::Mutex;
+use jiff::Timestamp;
+use tokio::{sync::Mutex, time::Instant};
 use tracing::{error, warn};
 
 use super::{Body, DeliveryQueue, Enqueue, Hint, Hints, Lease, Leased, QueueError};
 use crate::{
-    delivery::DeliveryKey,
+    delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid},
     nats::{During as _, Nats},
+    pg::DeadLetter,
     receipt::Receipt,
     telemetry::Chain,
 };
-
-/// A delivery that waits for a negative acknowledgement to expire stays in the consumer's ack-pending
-/// window, so only short waits may.
-const LONGEST_NAK: Duration = Duration::from_secs(5);
 
 /// Publishes of one call that wait for their acknowledgement. An acknowledgement that is out holds a permit
 /// of the client; a call that took more permits while it waits for others would, beside others like it,
@@ -37,26 +35,51 @@ const WINDOW: usize = 256;
 /// Receipts of one message; a receipt is about 300 bytes.
 const RECEIPTS_PER_MESSAGE: usize = 500;
 
-/// `<delivery>` or, put in again after attempts, `<delivery>:<attempts>`. One per delivery and number
-/// of attempts, so that whoever repeats a fan-out is recognised.
+/// `<delivery>` or, from the second turn on, `<delivery>:<turn>`: whoever repeats a step is recognised.
 const MESSAGE_ID: &str = "Nats-Msg-Id";
 const EVENT: &str = "Bus-Event";
 const SUBSCRIPTION: &str = "Bus-Subscription";
 const CONNECTION_VERSION: &str = "Bus-Connection-Version";
 const STORED: &str = "Bus-Body-Stored";
+/// When the delivery's lifetime began, milliseconds since 1970.
+const SINCE: &str = "Bus-Since";
+/// Failed attempts so far; absent for none.
+const ATTEMPTS: &str = "Bus-Attempts";
+/// Not before this many milliseconds from when it is first handed out. JetStream has no delayed publish that
+/// deduplicates, so the message goes in at once and whoever gets it first postpones it.
+const WAIT: &str = "Bus-Wait";
+
+/// Of the consumer's window at most this share is for deliveries that wait; the rest are parked.
+const WAITING_SHARE: usize = 2;
+
+/// How old the count of the window may be.
+const COUNTED: Duration = Duration::from_millis(250);
 
 /// The delivery queue on JetStream: a work-queue stream, one durable pull consumer per lane.
 #[derive(Debug, Clone)]
 pub struct JetStreamQueue {
     nats: Nats,
     lanes: u16,
-    consumers: Arc<Mutex<HashMap<u16, PullConsumer>>>,
+    pulled: Arc<Mutex<HashMap<u16, Lane>>>,
+}
+
+/// The consumer of a lane, and how much of its window is taken.
+#[derive(Debug, Clone)]
+struct Lane {
+    consumer: PullConsumer,
+    window: Arc<Mutex<Window>>,
+}
+
+#[derive(Debug, Default)]
+struct Window {
+    counted_at: Option<Instant>,
+    taken: usize,
 }
 
 impl JetStreamQueue {
     /// A queue of `lanes` lanes.
     pub fn new(nats: Nats, lanes: u16) -> Self {
-        Self { nats, lanes, consumers: Arc::default() }
+        Self { nats, lanes, pulled: Arc::default() }
     }
 
     fn message(&self, delivery: &Enqueue) -> (String, PublishMessage) {
@@ -64,14 +87,10 @@ impl JetStreamQueue {
         let subject =
             self.nats.names.deliver(key.organization.lane(self.lanes), key.organization, key.connection);
         let mut headers = HeaderMap::new();
-        let id = match delivery.attempts {
-            0 => key.id.to_string(),
-            attempts => format!("{}:{attempts}", key.id),
-        };
-        headers.insert(MESSAGE_ID, id);
         headers.insert(EVENT, key.event.to_string());
         headers.insert(SUBSCRIPTION, key.subscription.to_string());
         headers.insert(CONNECTION_VERSION, key.connection_version.to_string());
+        write_progress(&mut headers, key.id, delivery.progress);
         let body = match &delivery.body {
             Body::Inline(body) => body.clone(),
             Body::Stored => {
@@ -82,18 +101,18 @@ impl JetStreamQueue {
         (subject, PublishMessage::build().headers(headers).payload(body))
     }
 
-    async fn consumer(&self, lane: u16) -> Result<PullConsumer, QueueError> {
-        if let Some(consumer) = self.consumers.lock().await.get(&lane) {
-            return Ok(consumer.clone());
+    async fn lane(&self, lane: u16) -> Result<Lane, QueueError> {
+        if let Some(lane) = self.pulled.lock().await.get(&lane) {
+            return Ok(lane.clone());
         }
-        let consumer = self.nats.lane_consumer(lane).await?;
-        self.consumers.lock().await.insert(lane, consumer.clone());
-        Ok(consumer)
+        let pulled = Lane { consumer: self.nats.lane_consumer(lane).await?, window: Arc::default() };
+        self.pulled.lock().await.insert(lane, pulled.clone());
+        Ok(pulled)
     }
 
     /// After an error the consumer may be gone; the next pull looks it up, and creates it if it is.
     async fn forget(&self, lane: u16) {
-        self.consumers.lock().await.remove(&lane);
+        self.pulled.lock().await.remove(&lane);
     }
 }
 
@@ -116,30 +135,29 @@ impl DeliveryQueue for JetStreamQueue {
 
     async fn pull(
         &self,
-        lane: u16,
+        number: u16,
         max: usize,
         wait: Duration,
     ) -> Result<BoxStream<'static, Result<Leased, QueueError>>, QueueError> {
-        let consumer = self.consumer(lane).await?;
+        let lane = self.lane(number).await?;
         // No idle heartbeats: async-nats 0.51 answers `Pending` to one without asking to be woken again, and
         // the batch then hangs. It ends by itself 5 s after `wait` if the broker says nothing.
-        let batch =
-            match consumer.batch().max_messages(max).expires(wait).messages().await.during("pull deliveries")
-            {
-                Ok(batch) => batch,
-                Err(failed) => {
-                    self.forget(lane).await;
-                    return Err(failed.into());
-                }
-            };
+        let batch = lane.consumer.batch().max_messages(max).expires(wait).messages().await;
+        let batch = match batch.during("pull deliveries") {
+            Ok(batch) => batch,
+            Err(failed) => {
+                self.forget(number).await;
+                return Err(failed.into());
+            }
+        };
         let queue = self.clone();
         let leased = batch.filter_map(move |message| {
-            let queue = queue.clone();
+            let (queue, lane) = (queue.clone(), lane.clone());
             async move {
                 match message.during("pull deliveries") {
-                    Ok(message) => queue.lease(message).await,
+                    Ok(message) => queue.lease(message, &lane).await,
                     Err(failed) => {
-                        queue.forget(lane).await;
+                        queue.forget(number).await;
                         Some(Err(failed.into()))
                     }
                 }
@@ -148,8 +166,10 @@ impl DeliveryQueue for JetStreamQueue {
         Ok(leased.boxed())
     }
 
-    fn longest_wait(&self) -> Duration {
-        LONGEST_NAK
+    async fn withdraw(&self, _: &[DeliveryId]) -> Result<(), QueueError> {
+        // A stream finds messages by sequence or subject only; a subject per delivery would cost the broker
+        // memory for each that waits.
+        Ok(())
     }
 
     async fn lanes(&self) -> Result<u16, QueueError> {
@@ -160,12 +180,28 @@ impl DeliveryQueue for JetStreamQueue {
             .map_or(self.lanes, |highest| self.lanes.max(highest.saturating_add(1))))
     }
 
-    async fn dead_letter(&self, key: &DeliveryKey, reason: &str, body: &Bytes) -> Result<(), QueueError> {
+    async fn len(&self) -> Result<u64, QueueError> {
+        const OPERATION: &str = "count the deliveries in the queue";
+        let name = &self.nats.names.deliver_stream;
+        let stream = self.nats.jetstream.get_stream(name).await.during(OPERATION)?;
+        Ok(stream.cached_info().state.messages)
+    }
+
+    async fn dead_letter(&self, letter: &DeadLetter, body: &Bytes) -> Result<(), QueueError> {
+        let key = &letter.key;
         let mut headers = HeaderMap::new();
-        headers.insert(MESSAGE_ID, format!("dead:{}", key.id));
+        headers.insert(MESSAGE_ID, format!("dead:{}:{}", key.id, letter.progress.turn));
         headers.insert(EVENT, key.event.to_string());
         headers.insert(SUBSCRIPTION, key.subscription.to_string());
-        headers.insert("Bus-Reason", single_line(reason));
+        headers.insert(ATTEMPTS, letter.progress.attempts.to_string());
+        headers.insert("Bus-Delivery", key.id.to_string());
+        headers.insert("Bus-Reason", letter.reason);
+        if let Some(status) = letter.last.status {
+            headers.insert("Bus-Last-Status", status.to_string());
+        }
+        if let Some(error) = &letter.last.error {
+            headers.insert("Bus-Last-Error", single_line(error));
+        }
         let body = match Body::bounded(body) {
             Body::Inline(body) => body,
             Body::Stored => Bytes::new(),
@@ -206,31 +242,70 @@ impl JetStreamQueue {
         Ok(())
     }
 
-    /// Reads a message. One that cannot be read is moved to the dead-letter stream, so that it blocks
-    /// nothing; `None` then.
-    async fn lease(&self, message: Message) -> Option<Result<Leased, QueueError>> {
-        match read(&message) {
-            Ok((key, attempts)) => {
-                let stored = message.headers.as_ref().is_some_and(|headers| headers.get(STORED).is_some());
-                let body = if stored { Body::Stored } else { Body::Inline(message.payload.clone()) };
-                Some(Ok(Leased { key, attempts, body, lease: Box::new(MessageLease(message)) }))
-            }
+    /// Reads a message. `None` for one that is not to be worked on now: it has to wait and does so in the
+    /// lane's window, or it cannot be read and was moved to the dead-letter stream, so that it blocks nothing.
+    async fn lease(&self, message: Message, lane: &Lane) -> Option<Result<Leased, QueueError>> {
+        let read = match read(&message) {
+            Ok(read) => read,
             Err(problem) => {
-                error!(subject = %message.subject, problem, "A message in the delivery stream cannot be read");
-                let mut headers = HeaderMap::new();
-                headers.insert("Bus-Reason", problem);
-                headers.insert("Bus-Subject", message.subject.as_str());
-                let subject = self.nats.names.malformed();
-                let moved = self.publish(subject, headers, message.payload.clone(), "dead-letter").await;
-                // Not moved: it stays and comes again after ack_wait.
-                if let Err(failed) = moved {
-                    warn!(error = %Chain(&failed), "The unreadable message stays in the stream for now");
-                } else if let Err(failed) = message.ack_with(AckKind::Term).await.during("terminate") {
-                    warn!(error = %Chain(&failed), "The unreadable message will be moved again");
-                }
-                None
+                self.set_aside(&message, problem).await;
+                return None;
+            }
+        };
+        let wait = read.wait.filter(|_| read.delivered == 1);
+        // The first time that a waiting message is handed out is nobody's.
+        let handed_out = read.delivered - u32::from(read.wait.is_some() && wait.is_none());
+        if let Some(wait) = wait
+            && lane.may_wait(self.nats.config.max_ack_pending).await
+        {
+            if let Err(failed) =
+                message.ack_with(AckKind::Nak(Some(wait))).await.during("postpone a delivery")
+            {
+                // It comes again after ack_wait, which is longer.
+                warn!(error = %Chain(&failed), "A delivery waits longer than it should");
+            }
+            return None;
+        }
+        let stored = message.headers.as_ref().is_some_and(|headers| headers.get(STORED).is_some());
+        let body = if stored { Body::Stored } else { Body::Inline(message.payload.clone()) };
+        let Read { key, progress, .. } = read;
+        let lease = Box::new(MessageLease { message, delivery: key.id, queue: self.clone() });
+        Some(Ok(Leased { key, progress, handed_out, wait, body, lease }))
+    }
+
+    /// Moves a message that cannot be read to the dead-letter stream. If that fails it stays and comes again
+    /// after `ack_wait`.
+    async fn set_aside(&self, message: &Message, problem: &'static str) {
+        error!(subject = %message.subject, problem, "A message in the delivery stream cannot be read");
+        let mut headers = HeaderMap::new();
+        headers.insert("Bus-Reason", problem);
+        headers.insert("Bus-Subject", message.subject.as_str());
+        let subject = self.nats.names.malformed();
+        let moved = self.publish(subject, headers, message.payload.clone(), "dead-letter").await;
+        if let Err(failed) = moved {
+            warn!(error = %Chain(&failed), "The unreadable message stays in the stream for now");
+        } else if let Err(failed) = message.ack_with(AckKind::Term).await.during("terminate") {
+            warn!(error = %Chain(&failed), "The unreadable message will be moved again");
+        }
+    }
+}
+
+impl Lane {
+    /// Whether one more delivery may wait in the consumer's window, which the deliveries under way need too:
+    /// a full window stops the lane.
+    async fn may_wait(&self, max_ack_pending: i64) -> bool {
+        let limit = usize::try_from(max_ack_pending).unwrap_or(usize::MAX) / WAITING_SHARE;
+        let mut window = self.window.lock().await;
+        if window.counted_at.is_none_or(|at| at.elapsed() >= COUNTED) {
+            // Without an answer the last count serves, and what was added to it since.
+            if let Ok(info) = self.consumer.get_info().await {
+                window.taken = info.num_ack_pending;
+                window.counted_at = Some(Instant::now());
             }
         }
+        let room = window.taken < limit;
+        window.taken = window.taken.saturating_add(usize::from(room));
+        room
     }
 }
 
@@ -239,15 +314,44 @@ fn single_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-fn read(message: &Message) -> Result<(DeliveryKey, u32), &'static str> {
+fn write_progress(headers: &mut HeaderMap, delivery: DeliveryId, progress: Progress) {
+    let id = match progress.turn {
+        0 => delivery.to_string(),
+        turn => format!("{delivery}:{turn}"),
+    };
+    headers.insert(MESSAGE_ID, id);
+    headers.insert(SINCE, progress.since.as_millisecond().to_string());
+    if progress.attempts > 0 {
+        headers.insert(ATTEMPTS, progress.attempts.to_string());
+    }
+}
+
+/// What a message says.
+struct Read {
+    key: DeliveryKey,
+    progress: Progress,
+    wait: Option<Duration>,
+    /// How often it was handed out.
+    delivered: u32,
+}
+
+fn read(message: &Message) -> Result<Read, &'static str> {
     let headers = message.headers.as_ref().ok_or("no headers")?;
-    let header = |name: &'static str, problem| headers.get(name).map(|value| value.as_str()).ok_or(problem);
+    let optional = |name: &'static str| headers.get(name).map(|value| value.as_str());
+    let header = |name: &'static str, problem| optional(name).ok_or(problem);
     let id = header(MESSAGE_ID, "no Nats-Msg-Id")?;
-    let (id, before) = match id.split_once(':') {
-        Some((id, attempts)) => (id, attempts.parse().map_err(|_| "Nats-Msg-Id: not a number of attempts")?),
+    let (id, turn) = match id.split_once(':') {
+        Some((id, turn)) => (id, turn.parse().map_err(|_| "Nats-Msg-Id: not a turn")?),
         None => (id, 0),
     };
     let id: DeliveryId = id.parse().map_err(|_| "Nats-Msg-Id: not a delivery id")?;
+    let since = header(SINCE, "no Bus-Since")?
+        .parse()
+        .ok()
+        .and_then(|millis| Timestamp::from_millisecond(millis).ok())
+        .ok_or("Bus-Since: not a time")?;
+    let attempts = optional(ATTEMPTS).map_or(Ok(0), str::parse).map_err(|_| "Bus-Attempts: not a number")?;
+    let wait = optional(WAIT).map(str::parse).transpose().map_err(|_| "Bus-Wait: not a number")?;
     let event: EventUid =
         header(EVENT, "no Bus-Event")?.parse().map_err(|_| "Bus-Event: not an event uid")?;
     let subscription = header(SUBSCRIPTION, "no Bus-Subscription")?
@@ -261,26 +365,45 @@ fn read(message: &Message) -> Result<(DeliveryKey, u32), &'static str> {
     let organization =
         tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no organization id")?;
     let delivered = message.info().map_err(|_| "not a JetStream message")?.delivered;
-    let again = u32::try_from(delivered.saturating_sub(1)).unwrap_or(u32::MAX);
-    let key = DeliveryKey { id, event, organization, subscription, connection, connection_version };
-    Ok((key, u32::saturating_add(before, again)))
+    Ok(Read {
+        key: DeliveryKey { id, event, organization, subscription, connection, connection_version },
+        progress: Progress { attempts, turn, since },
+        wait: wait.map(Duration::from_millis),
+        delivered: u32::try_from(delivered).unwrap_or(u32::MAX),
+    })
 }
 
 #[derive(Debug)]
-struct MessageLease(Message);
+struct MessageLease {
+    message: Message,
+    delivery: DeliveryId,
+    queue: JetStreamQueue,
+}
 
 #[async_trait]
 impl Lease for MessageLease {
     async fn ack(self: Box<Self>) -> Result<(), QueueError> {
-        Ok(self.0.ack().await.during("acknowledge a delivery")?)
+        Ok(self.message.ack().await.during("acknowledge a delivery")?)
     }
 
-    async fn retry(self: Box<Self>, wait: Duration) -> Result<(), QueueError> {
-        Ok(self.0.ack_with(AckKind::Nak(Some(wait))).await.during("postpone a delivery")?)
+    /// The next turn goes in first: whoever dies in between leaves both, the earlier one is attempted again,
+    /// and what follows from that bears the same message id.
+    async fn postpone(self: Box<Self>, next: Progress, wait: Duration) -> Result<(), QueueError> {
+        let mut headers = self.message.headers.clone().unwrap_or_default();
+        write_progress(&mut headers, self.delivery, next);
+        // Rounded up: not a moment early.
+        headers.insert(WAIT, wait.as_nanos().div_ceil(1_000_000).to_string());
+        let (subject, body) = (self.message.subject.to_string(), self.message.payload.clone());
+        self.queue.publish(subject, headers, body, "postpone a delivery").await?;
+        self.ack().await
+    }
+
+    async fn put_back(self: Box<Self>, wait: Duration) -> Result<(), QueueError> {
+        Ok(self.message.ack_with(AckKind::Nak(Some(wait))).await.during("put a delivery back")?)
     }
 
     async fn extend(&self) -> Result<(), QueueError> {
-        Ok(self.0.ack_with(AckKind::Progress).await.during("hold a delivery longer")?)
+        Ok(self.message.ack_with(AckKind::Progress).await.during("hold a delivery longer")?)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The delivery queue: where deliveries wait for a worker.
 
 mod jetstream;
+mod memory;
 mod postgres;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -13,14 +14,15 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::{
     jetstream::JetStreamQueue,
+    memory::MemoryQueue,
     postgres::{PostgresHints, PostgresQueue},
 };
 use crate::{
     config::{Backend, Common},
-    delivery::DeliveryKey,
-    ids::ConnectionId,
+    delivery::{DeliveryKey, Progress},
+    ids::{ConnectionId, DeliveryId},
     nats::{Nats, NatsError},
-    pg::StoreError,
+    pg::{DeadLetter, StoreError},
     receipt::Receipt,
 };
 
@@ -34,6 +36,9 @@ pub enum QueueError {
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The queue in memory has no room (invariant I10).
+    #[error("the queue in memory is full ({0} deliveries)")]
+    Full(usize),
 }
 
 /// The event's bytes, or the advice to read them from the event store.
@@ -61,8 +66,8 @@ pub const MAX_INLINE: usize = 256 * 1024;
 pub struct Enqueue {
     /// What it is about.
     pub key: DeliveryKey,
-    /// Attempts made so far.
-    pub attempts: u32,
+    /// How far it has come.
+    pub progress: Progress,
     /// The event's bytes, shared by the whole fan-out.
     pub body: Body,
 }
@@ -72,8 +77,13 @@ pub struct Enqueue {
 pub struct Leased {
     /// What it is about.
     pub key: DeliveryKey,
-    /// Attempts made before this one.
-    pub attempts: u32,
+    /// How far it has come.
+    pub progress: Progress,
+    /// How often it was handed out in this turn, this time included. More than once means that an earlier
+    /// holder died, was cut off, or put it back.
+    pub handed_out: u32,
+    /// It must not be attempted yet, and the queue has no room to keep it waiting: to be parked for this long.
+    pub wait: Option<Duration>,
     /// The event's bytes.
     pub body: Body,
     /// The hold.
@@ -86,9 +96,13 @@ pub trait Lease: Send + Sync + fmt::Debug {
     /// It is finished: delivered, parked, or dead-lettered.
     async fn ack(self: Box<Self>) -> Result<(), QueueError>;
 
-    /// Give it out again after `wait`, with one more attempt counted. At most
-    /// [`DeliveryQueue::longest_wait`].
-    async fn retry(self: Box<Self>, wait: Duration) -> Result<(), QueueError>;
+    /// Gives it out again as `next`, not before `wait` is over. At most
+    /// [`DeliveryQueue::longest_wait`]. If the hold was lost meanwhile, and the queue can tell, nothing
+    /// changes.
+    async fn postpone(self: Box<Self>, next: Progress, wait: Duration) -> Result<(), QueueError>;
+
+    /// Leaves it to another worker, as it was, after `wait`.
+    async fn put_back(self: Box<Self>, wait: Duration) -> Result<(), QueueError>;
 
     /// It is still being worked on: the hold lasts as long again as from its beginning.
     async fn extend(&self) -> Result<(), QueueError>;
@@ -96,12 +110,16 @@ pub trait Lease: Send + Sync + fmt::Debug {
 
 /// Where deliveries wait for a worker.
 ///
-/// Order: deliveries of one connection come out in the order in which they were put in, as long as none
-/// of them is retried and one worker takes the lane; nothing more is promised.
+/// Promised: what was put in comes out until it is acknowledged; nobody gets what a live worker holds; no
+/// delivery comes before its wait is over; one that waits keeps nobody else from coming.
+///
+/// Order: deliveries of one connection come out in the order in which they were put in, as long as one
+/// worker takes the lane and none of them was handed out before. Nothing is promised about the order after a
+/// retry, a crash or a return from the database, between several workers, or between connections.
 #[async_trait]
 pub trait DeliveryQueue: Send + Sync + fmt::Debug {
     /// Puts deliveries in and returns when all are safely there. One that is there already (same id and
-    /// attempts) is not put in twice, within the broker's duplicate window. After an error some may be
+    /// turn) is not put in twice, within the broker's duplicate window. After an error some may be
     /// there: call it again with all of them.
     async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError>;
 
@@ -114,16 +132,25 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
         wait: Duration,
     ) -> Result<BoxStream<'static, Result<Leased, QueueError>>, QueueError>;
 
-    /// The longest wait that [`Lease::retry`] takes; what waits longer is parked.
-    fn longest_wait(&self) -> Duration;
+    /// Takes out deliveries that are closed (acknowledged by the subscriber, or cancelled), as far as the
+    /// queue can find them. Those that it cannot find, and those that are held, are dropped by the worker.
+    async fn withdraw(&self, deliveries: &[DeliveryId]) -> Result<(), QueueError>;
+
+    /// The longest wait that [`Lease::postpone`] takes; what waits longer is parked.
+    fn longest_wait(&self) -> Duration {
+        LONGEST_WAIT
+    }
 
     /// How many lanes are to be pulled: those that are configured, and those of an earlier configuration
     /// that had more, which may still hold deliveries.
     async fn lanes(&self) -> Result<u16, QueueError>;
 
+    /// How many deliveries are in the queue, held and waiting ones included.
+    async fn len(&self) -> Result<u64, QueueError>;
+
     /// Reports a dead letter to whoever listens for them. The row in the database is written by the
     /// caller.
-    async fn dead_letter(&self, key: &DeliveryKey, reason: &str, body: &Bytes) -> Result<(), QueueError>;
+    async fn dead_letter(&self, letter: &DeadLetter, body: &Bytes) -> Result<(), QueueError>;
 
     /// Reports finished attempts to history, without waiting for the archiver.
     async fn receipts(&self, receipts: &[Receipt]) -> Result<(), QueueError>;
@@ -132,11 +159,17 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
     async fn prepare(&self) -> Result<(), QueueError>;
 }
 
+/// A delivery that waits longer leaves the queue and is parked in the database: a wait in the broker takes a
+/// place in the window of unacknowledged deliveries, and one in the database can be queried.
+pub const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
 /// Something that happened elsewhere. A hint may be lost; nothing may depend on it but latency.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hint {
     /// A connection was changed or deleted.
     ConnectionChanged(ConnectionId),
+    /// A delivery was acknowledged by its subscriber, or cancelled.
+    Closed(DeliveryId),
     /// Hints may have been lost: whatever was kept in memory on their strength is to be dropped.
     Missed,
 }

@@ -9,7 +9,10 @@ use futures::{
     StreamExt as _,
     stream::{self, BoxStream},
 };
-use sqlx::{PgPool, Row as _, postgres::PgListener};
+use sqlx::{
+    PgPool, Row as _,
+    postgres::{PgListener, PgRow},
+};
 use tokio::{
     sync::{Notify, mpsc, oneshot},
     time::{Instant, timeout},
@@ -20,9 +23,9 @@ use uuid::Uuid;
 
 use super::{Body, DeliveryQueue, Enqueue, Hint, Hints, Lease, Leased, QueueError};
 use crate::{
-    delivery::DeliveryKey,
+    delivery::Progress,
     ids::{ConnectionId, DeliveryId},
-    pg::{self, During as _},
+    pg::{self, DeadLetter, During as _},
     receipt::Receipt,
     telemetry::Chain,
 };
@@ -71,52 +74,45 @@ impl PostgresQueue {
     }
 
     async fn claim(&self, lane: u16, max: usize) -> Result<Vec<Leased>, QueueError> {
+        const OPERATION: &str = "claim deliveries";
         let rows = sqlx::query(
             "WITH due AS (
                  SELECT delivery_id FROM delivery_queue
                  WHERE lane = $1 AND visible_at <= now()
-                 ORDER BY visible_at
+                 ORDER BY visible_at, position
                  LIMIT $2
                  FOR UPDATE SKIP LOCKED
+             ), claimed AS (
+                 UPDATE delivery_queue q
+                 SET visible_at = now() + make_interval(secs => $3), lease_token = gen_random_uuid(),
+                     handed_out = q.handed_out + 1
+                 FROM due
+                 WHERE q.delivery_id = due.delivery_id
+                 RETURNING q.*
              )
-             UPDATE delivery_queue q
-             SET visible_at = now() + make_interval(secs => $3), lease_token = gen_random_uuid()
-             FROM due
-             WHERE q.delivery_id = due.delivery_id
-             RETURNING q.delivery_id, q.event_uid, q.organization_id, q.subscription_id, q.connection_id,
-                       q.connection_version, q.attempts, q.lease_token,
-                       (SELECT e.body FROM events e WHERE e.uid = q.event_uid) AS body",
+             SELECT c.*, (SELECT e.body FROM events e WHERE e.uid = c.event_uid) AS body
+             FROM claimed c ORDER BY c.position",
         )
         .bind(i16::try_from(lane).unwrap_or(i16::MAX))
         .bind(i64::try_from(max).unwrap_or(i64::MAX))
         .bind(self.lease.as_secs_f64())
         .fetch_all(&self.pool)
         .await
-        .during("claim deliveries")?;
-        rows.iter()
-            .map(|row| self.leased(row).during("read a claimed delivery").map_err(Into::into))
-            .collect()
+        .during(OPERATION)?;
+        Ok(rows.iter().map(|row| self.leased(row)).collect::<Result<_, _>>().during(OPERATION)?)
     }
 
-    fn leased(&self, row: &sqlx::postgres::PgRow) -> Result<Leased, sqlx::Error> {
-        let key = DeliveryKey {
-            id: DeliveryId(row.try_get("delivery_id")?),
-            event: row.try_get::<Uuid, _>("event_uid")?.into(),
-            organization: row.try_get::<Uuid, _>("organization_id")?.into(),
-            subscription: row.try_get::<Uuid, _>("subscription_id")?.into(),
-            connection: row.try_get::<Uuid, _>("connection_id")?.into(),
-            connection_version: row.try_get("connection_version")?,
-        };
+    fn leased(&self, row: &PgRow) -> Result<Leased, sqlx::Error> {
+        let (key, progress) = (pg::key(row)?, pg::progress(row)?);
         let body: Option<Vec<u8>> = row.try_get("body")?;
+        let lease = RowLease { queue: self.clone(), delivery: key.id, token: row.try_get("lease_token")? };
         Ok(Leased {
             key,
-            attempts: u32::try_from(row.try_get::<i32, _>("attempts")?).unwrap_or(0),
+            progress,
+            handed_out: u32::try_from(row.try_get::<i32, _>("handed_out")?).unwrap_or(u32::MAX),
+            wait: None,
             body: body.map_or(Body::Stored, |body| Body::Inline(body.into())),
-            lease: Box::new(RowLease {
-                queue: self.clone(),
-                delivery: key.id,
-                token: row.try_get("lease_token")?,
-            }),
+            lease: Box::new(lease),
         })
     }
 }
@@ -124,7 +120,7 @@ impl PostgresQueue {
 #[async_trait]
 impl DeliveryQueue for PostgresQueue {
     async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError> {
-        let rows: Vec<_> = deliveries.iter().map(|delivery| (delivery.key, delivery.attempts)).collect();
+        let rows: Vec<_> = deliveries.iter().map(|delivery| (delivery.key, delivery.progress)).collect();
         let mut connection = self.pool.acquire().await.during("enqueue deliveries")?;
         pg::insert_queued(&mut connection, &rows, self.lanes).await?;
         self.wake.notify_waiters();
@@ -151,9 +147,13 @@ impl DeliveryQueue for PostgresQueue {
         }
     }
 
-    fn longest_wait(&self) -> Duration {
-        // A row that waits costs nothing here.
-        Duration::MAX
+    async fn withdraw(&self, deliveries: &[DeliveryId]) -> Result<(), QueueError> {
+        sqlx::query("DELETE FROM delivery_queue WHERE delivery_id = ANY($1)")
+            .bind(deliveries.iter().map(|id| id.0).collect::<Vec<_>>())
+            .execute(&self.pool)
+            .await
+            .during("withdraw closed deliveries")?;
+        Ok(())
     }
 
     async fn lanes(&self) -> Result<u16, QueueError> {
@@ -165,7 +165,15 @@ impl DeliveryQueue for PostgresQueue {
         Ok(highest.map_or(self.lanes, |highest| self.lanes.max(highest.saturating_add(1))))
     }
 
-    async fn dead_letter(&self, _: &DeliveryKey, _: &str, _: &Bytes) -> Result<(), QueueError> {
+    async fn len(&self) -> Result<u64, QueueError> {
+        let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM delivery_queue")
+            .fetch_one(&self.pool)
+            .await
+            .during("count the deliveries in the queue")?;
+        Ok(u64::try_from(rows).unwrap_or(0))
+    }
+
+    async fn dead_letter(&self, _: &DeadLetter, _: &Bytes) -> Result<(), QueueError> {
         // The row that the caller writes is the only record without a broker.
         Ok(())
     }
@@ -202,11 +210,28 @@ impl Lease for RowLease {
         Ok(())
     }
 
-    async fn retry(self: Box<Self>, wait: Duration) -> Result<(), QueueError> {
-        // A late retry of an earlier holder finds another token and changes nothing.
+    async fn postpone(self: Box<Self>, next: Progress, wait: Duration) -> Result<(), QueueError> {
+        // A late answer of an earlier holder finds another token and changes nothing.
         sqlx::query(
             "UPDATE delivery_queue
-             SET visible_at = now() + make_interval(secs => $3), attempts = attempts + 1, lease_token = NULL
+             SET visible_at = now() + make_interval(secs => $3), attempts = $4, turn = $5, handed_out = 0,
+                 lease_token = NULL
+             WHERE delivery_id = $1 AND lease_token = $2",
+        )
+        .bind(self.delivery.0)
+        .bind(self.token)
+        .bind(wait.as_secs_f64())
+        .bind(i32::try_from(next.attempts).unwrap_or(i32::MAX))
+        .bind(next.turn)
+        .execute(&self.queue.pool)
+        .await
+        .during("postpone a delivery")?;
+        Ok(())
+    }
+
+    async fn put_back(self: Box<Self>, wait: Duration) -> Result<(), QueueError> {
+        sqlx::query(
+            "UPDATE delivery_queue SET visible_at = now() + make_interval(secs => $3), lease_token = NULL
              WHERE delivery_id = $1 AND lease_token = $2",
         )
         .bind(self.delivery.0)
@@ -214,7 +239,7 @@ impl Lease for RowLease {
         .bind(wait.as_secs_f64())
         .execute(&self.queue.pool)
         .await
-        .during("postpone a delivery")?;
+        .during("put a delivery back")?;
         Ok(())
     }
 

@@ -20,7 +20,7 @@ use super::{
 };
 
 /// Where a delivery stands: `pending`, not attempted yet as far as is known; `waiting` for another
-/// attempt; `delivered`; `dead`, given up
+/// attempt; `delivered`; `dead`, given up; `acked` by the subscriber through the API; `cancelled`
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 #[schema(as = DeliveryStatus)]
@@ -29,6 +29,8 @@ enum StatusName {
     Waiting,
     Delivered,
     Dead,
+    Acked,
+    Cancelled,
 }
 
 impl From<DeliveryStatus> for StatusName {
@@ -38,6 +40,8 @@ impl From<DeliveryStatus> for StatusName {
             DeliveryStatus::Waiting => Self::Waiting,
             DeliveryStatus::Delivered => Self::Delivered,
             DeliveryStatus::Dead => Self::Dead,
+            DeliveryStatus::Acked => Self::Acked,
+            DeliveryStatus::Cancelled => Self::Cancelled,
         }
     }
 }
@@ -70,9 +74,9 @@ pub(super) struct DeliveryView {
 #[serde(rename_all = "camelCase")]
 #[schema(as = Attempt)]
 struct AttemptView {
-    /// 1 is the first.
+    /// The failed attempts before this one, plus one; a deferral counts none.
     attempt: u32,
-    /// `delivered`, `failed` or `dead`.
+    /// `delivered`, `failed`, `deferred` or `dead`.
     outcome: String,
     /// The HTTP status, if an answer came.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,0 +1,80 @@
+//! Parked deliveries return to the queue when they are due.
+
+use std::{sync::Arc, time::Duration};
+
+use bus_core::{
+    ids::DeliveryId,
+    launcher::{BoxError, Heartbeat},
+    pg::{self, DeadLetter},
+    queue::{DeliveryQueue, Enqueue, QueueError},
+    telemetry::Chain,
+};
+use metrics::counter;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+/// The safety interval: an idle scheduler asks once in this time.
+pub(crate) const IDLE: Duration = Duration::from_secs(5);
+
+/// The shortest sleep between two looks that found nothing to do.
+const SHORTEST: Duration = Duration::from_millis(20);
+
+/// After an error.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Deliveries returned at a time; with the largest body that the queue carries, 50 MiB.
+const BATCH: u32 = 200;
+
+/// If this process dies with deliveries in hand, another one takes them after this time. Well within the
+/// broker's duplicate window, so that what was already put back is recognised.
+pub(crate) const LEASE_S: u64 = 30;
+
+/// Runs until the stop.
+pub(crate) async fn run(
+    pool: PgPool,
+    queue: Arc<dyn DeliveryQueue>,
+    beat: Heartbeat,
+    stop: CancellationToken,
+) -> Result<(), BoxError> {
+    while !stop.is_cancelled() {
+        beat.beat();
+        let sleep = match return_due(&pool, queue.as_ref()).await {
+            Ok(sleep) => sleep,
+            Err(failed) => {
+                warn!(error = %Chain(&failed), "Due deliveries wait");
+                AGAIN
+            }
+        };
+        stop.run_until_cancelled(tokio::time::sleep(sleep)).await;
+    }
+    Ok(())
+}
+
+/// Returns one batch; answers how long there is nothing more to do.
+pub async fn return_due(pool: &PgPool, queue: &dyn DeliveryQueue) -> Result<Duration, QueueError> {
+    let due = pg::take_due(pool, BATCH, LEASE_S).await?;
+    if due.is_empty() {
+        let next = pg::next_due_in(pool).await?;
+        let next = next.map_or(IDLE, |seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(IDLE));
+        return Ok(next.clamp(SHORTEST, IDLE));
+    }
+    let mut deliveries = Vec::with_capacity(due.len());
+    for due in &due {
+        match &due.body {
+            Some(body) => {
+                deliveries.push(Enqueue { key: due.key, progress: due.progress, body: body.clone() });
+            }
+            None => {
+                pg::bury(pool, &DeadLetter::new(due.key, due.progress, "event_expired")).await?;
+            }
+        }
+    }
+    queue.enqueue(&deliveries).await?;
+    let back: Vec<(DeliveryId, i64)> =
+        deliveries.iter().map(|delivery| (delivery.key.id, delivery.progress.turn)).collect();
+    pg::returned(pool, &back).await?;
+    counter!("bus_parked_returned").increment(back.len() as u64);
+    debug!(deliveries = back.len(), "Due deliveries are back in the queue");
+    Ok(Duration::ZERO)
+}

@@ -1,0 +1,85 @@
+//! Deliveries that were closed from outside (acknowledged by the subscriber, or cancelled), kept in memory so
+//! that dropping one needs no read.
+
+use std::{sync::Arc, time::Duration};
+
+use bus_core::{
+    delivery::{DeliveryKey, Progress},
+    ids::DeliveryId,
+    pg::{self, StoreError},
+    queue::{Hint, Hints},
+    telemetry::Chain,
+};
+use futures::StreamExt as _;
+use moka::sync::Cache;
+use sqlx::PgPool;
+use tracing::{debug, warn};
+
+/// The most that are kept, about 100 bytes each. Beyond it, or when a hint was lost, a first attempt may still
+/// be made; a retry never, since those ask the database.
+const CAPACITY: u64 = 200_000;
+
+/// How many are read after hints may have been missed.
+const READ: u32 = 100_000;
+
+/// How long a retry's question to the database may take before the attempt is made all the same: a database
+/// that is away must not stop deliveries.
+const ASK: Duration = Duration::from_secs(1);
+
+/// The closed deliveries. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct ClosedDeliveries {
+    pool: PgPool,
+    lifetime: Duration,
+    kept: Cache<DeliveryId, ()>,
+}
+
+impl ClosedDeliveries {
+    /// None is kept for longer than a delivery may live.
+    pub(crate) fn new(pool: PgPool, lifetime: Duration) -> Self {
+        let kept = Cache::builder().max_capacity(CAPACITY).time_to_live(lifetime).build();
+        Self { pool, lifetime, kept }
+    }
+
+    /// Whether this turn of the delivery is not to be attempted any more. A first turn that is handed out for
+    /// the first time is judged from memory alone (invariant I6).
+    pub(crate) async fn overrule(&self, key: &DeliveryKey, progress: Progress, handed_out: u32) -> bool {
+        if self.kept.contains_key(&key.id) {
+            return true;
+        }
+        if progress.turn == 0 && handed_out <= 1 {
+            return false;
+        }
+        match tokio::time::timeout(ASK, pg::standing(&self.pool, key.id)).await {
+            Ok(Ok(standing)) => standing.is_some_and(|(state, at)| state.overrules(at, progress.turn)),
+            Ok(Err(failed)) => {
+                debug!(delivery.id = %key.id, error = %Chain(&failed), "Not known whether it was closed");
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Follows what hints say. Never ends.
+    pub(crate) async fn follow(self, hints: Arc<dyn Hints>) {
+        let mut hints = hints.listen().await;
+        while let Some(hint) = hints.next().await {
+            match hint {
+                Hint::Closed(id) => self.kept.insert(id, ()),
+                Hint::Missed => {
+                    if let Err(failed) = self.read().await {
+                        warn!(error = %Chain(&failed), "Deliveries that were closed lately may be attempted once more");
+                    }
+                }
+                Hint::ConnectionChanged(_) => {}
+            }
+        }
+    }
+
+    async fn read(&self) -> Result<(), StoreError> {
+        for id in pg::closed_lately(&self.pool, self.lifetime.as_secs(), READ).await? {
+            self.kept.insert(id, ());
+        }
+        Ok(())
+    }
+}
