@@ -180,7 +180,7 @@ impl DeliveryQueue for JetStreamQueue {
             .map_or(self.lanes, |highest| self.lanes.max(highest.saturating_add(1))))
     }
 
-    async fn len(&self) -> Result<u64, QueueError> {
+    async fn depth(&self) -> Result<u64, QueueError> {
         const OPERATION: &str = "count the deliveries in the queue";
         let name = &self.nats.names.deliver_stream;
         let stream = self.nats.jetstream.get_stream(name).await.during(OPERATION)?;

@@ -208,7 +208,7 @@ impl DeliveryQueue for MemoryQueue {
         Ok(self.lanes)
     }
 
-    async fn len(&self) -> Result<u64, QueueError> {
+    async fn depth(&self) -> Result<u64, QueueError> {
         Ok(self.state().entries.len() as u64)
     }
 

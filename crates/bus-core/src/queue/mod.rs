@@ -146,7 +146,7 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
     async fn lanes(&self) -> Result<u16, QueueError>;
 
     /// How many deliveries are in the queue, held and waiting ones included.
-    async fn len(&self) -> Result<u64, QueueError>;
+    async fn depth(&self) -> Result<u64, QueueError>;
 
     /// Reports a dead letter to whoever listens for them. The row in the database is written by the
     /// caller.

@@ -165,7 +165,7 @@ impl DeliveryQueue for PostgresQueue {
         Ok(highest.map_or(self.lanes, |highest| self.lanes.max(highest.saturating_add(1))))
     }
 
-    async fn len(&self) -> Result<u64, QueueError> {
+    async fn depth(&self) -> Result<u64, QueueError> {
         let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM delivery_queue")
             .fetch_one(&self.pool)
             .await
