@@ -65,6 +65,17 @@ pub enum Outcome {
     },
 }
 
+impl Outcome {
+    /// Why it was not taken, for those who look; `None` if it was.
+    pub fn reason(&self) -> Option<String> {
+        match self {
+            Self::Delivered => None,
+            Self::Deferred { why, .. } => Some(why.clone()),
+            Self::Failed { failure, .. } => Some(failure.to_string()),
+        }
+    }
+}
+
 impl From<Failure> for Outcome {
     fn from(failure: Failure) -> Self {
         Self::Failed { failure, not_before: None }

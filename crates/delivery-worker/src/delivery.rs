@@ -1,6 +1,6 @@
 //! One delivery from the lease to its end: attempt, then acknowledge, postpone, park or dead-letter.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     clock::Clock,
@@ -10,8 +10,8 @@ use bus_core::{
     pg::{self, DeadLetter, Park},
     queue::{Body, DeliveryQueue, Lease, Leased},
     receipt::{Receipt, ReceiptOutcome},
-    retry::{RetryPolicy, Verdict},
-    sink::{AttemptReport, Outcome, Sink},
+    retry::{DeadReason, RetryPolicy, Rules, Standing, Verdict, verdict},
+    sink::{AttemptReport, Sink},
     telemetry::Chain,
 };
 use bytes::Bytes;
@@ -73,7 +73,7 @@ impl Deliverer {
         };
         let at = self.clock.now();
         let delivery = Delivery { key, attempts, body };
-        let report = self.webhooks.attempt(&connection, &delivery, at).await;
+        let report = self.webhooks.attempt_one(&connection, &delivery, at).await;
         histogram!("bus_attempt_duration_seconds").record(report.duration.as_secs_f64());
         let outcome = self.settle(lease, &delivery, number, &report).await;
         counter!("bus_attempts", "outcome" => outcome.as_str()).increment(1);
@@ -112,41 +112,43 @@ impl Deliverer {
         report: &AttemptReport,
     ) -> ReceiptOutcome {
         let key = delivery.key;
-        let failure = match &report.outcome {
-            Outcome::Delivered => {
+        let rules = Rules {
+            policy: &self.retry,
+            final_statuses: &[],
+            defer_min: Duration::from_secs(1),
+            defer_max: Duration::from_hours(24),
+            lifetime: Duration::from_hours(72),
+        };
+        let standing = Standing { attempts: number.saturating_sub(1), age: Duration::ZERO };
+        let (reason, attempts) = match verdict(&report.outcome, &rules, &standing, (self.random)()) {
+            Verdict::Delivered => {
                 if let Err(failed) = lease.ack().await {
                     // The subscriber has it, the queue does not know: it will be repeated, with the same id.
                     warn!(delivery.id = %key.id, error = %Chain(&failed), "Delivered, but not acknowledged");
                 }
                 return ReceiptOutcome::Delivered;
             }
-            Outcome::Failed(failure) => failure,
-        };
-        debug!(delivery.id = %key.id, connection.id = %key.connection, attempt = number, %failure, "Attempt failed");
-        match self.retry.after_failure(number, (self.random)()) {
-            Verdict::Retry(wait) if wait <= self.queue.longest_wait() => {
-                if let Err(failed) = lease.retry(wait).await {
+            Verdict::Retry { wait, attempts, reason } => {
+                debug!(delivery.id = %key.id, connection.id = %key.connection, attempts, reason, "Attempt failed");
+                if wait > self.queue.longest_wait() {
+                    let park = Park { key, attempts, wait_s: wait.as_secs_f64(), reason };
+                    self.parking.park(park, lease).await;
+                } else if let Err(failed) = lease.retry(wait).await {
                     warn!(delivery.id = %key.id, error = %Chain(&failed), "Not postponed; it comes again after ack_wait");
                 }
-                ReceiptOutcome::Failed
+                return ReceiptOutcome::Failed;
             }
-            Verdict::Retry(wait) => {
-                let park =
-                    Park { key, attempts: number, wait_s: wait.as_secs_f64(), reason: failure.to_string() };
-                self.parking.park(park, lease).await;
-                ReceiptOutcome::Failed
-            }
-            Verdict::Dead => {
-                let dead = DeadLetter {
-                    last_status: report.status,
-                    last_body: Some(report.answer.clone()),
-                    last_error: Some(failure.to_string()),
-                    ..DeadLetter::new(key, number, "attempts_exhausted")
-                };
-                self.give_up(lease, dead, delivery.body.clone()).await;
-                ReceiptOutcome::Dead
-            }
-        }
+            Verdict::Dead { reason, attempts } => (reason, attempts),
+            Verdict::Gone { attempts } => (DeadReason::EndpointGone, attempts),
+        };
+        let dead = DeadLetter {
+            last_status: report.status,
+            last_body: Some(report.answer.clone()),
+            last_error: report.outcome.reason(),
+            ..DeadLetter::new(key, attempts, reason.as_str())
+        };
+        self.give_up(lease, dead, delivery.body.clone()).await;
+        ReceiptOutcome::Dead
     }
 
     /// The stream first, then the row, then the acknowledgement: whatever dies in between, the delivery
@@ -177,10 +179,6 @@ fn receipt(
     report: &AttemptReport,
     at: Timestamp,
 ) -> Receipt {
-    let error = match &report.outcome {
-        Outcome::Delivered => None,
-        Outcome::Failed(failure) => Some(failure.to_string()),
-    };
     Receipt {
         delivery: key.id,
         attempt,
@@ -190,7 +188,7 @@ fn receipt(
         connection: key.connection,
         outcome,
         status: report.status,
-        error,
+        error: report.outcome.reason(),
         at,
         duration_ms: u32::try_from(report.duration.as_millis()).unwrap_or(u32::MAX),
     }
