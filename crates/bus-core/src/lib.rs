@@ -2,6 +2,7 @@
 //! their matching, the delivery queue, the stores, and the shell that every binary runs in.
 
 pub mod address;
+pub mod answer;
 pub mod clock;
 pub mod cloudevent;
 pub mod config;

@@ -1,4 +1,4 @@
-//! Sinks: how one delivery reaches one connection.
+//! Sinks: how deliveries reach one connection.
 
 use std::time::Duration;
 
@@ -8,10 +8,30 @@ use jiff::Timestamp;
 
 use crate::{connection::Connection, delivery::Delivery};
 
-/// The most of an answer that is kept, bytes. What follows is not read.
+/// The most of an answer that is kept for those who look into a failure, bytes.
 pub const MAX_KEPT_ANSWER: usize = 16 * 1024;
 
-/// What came of one attempt.
+/// What one attempt carries.
+#[derive(Debug, Clone, Copy)]
+pub enum Parcel<'a> {
+    /// One delivery, laid out as the connection asks for.
+    Single(&'a Delivery),
+    /// Deliveries of one subscription that asked for batches. No two of them are of events with the same
+    /// CloudEvents `id`, by which the answer names them.
+    Batch(&'a [Delivery]),
+}
+
+impl<'a> Parcel<'a> {
+    /// What is in it.
+    pub fn deliveries(self) -> &'a [Delivery] {
+        match self {
+            Self::Single(delivery) => std::slice::from_ref(delivery),
+            Self::Batch(deliveries) => deliveries,
+        }
+    }
+}
+
+/// What came of one attempt, for one delivery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttemptReport {
     /// Whether the subscriber took the event.
@@ -24,13 +44,42 @@ pub struct AttemptReport {
     pub duration: Duration,
 }
 
-/// Whether the subscriber took the event.
+/// Whether the subscriber took the event. What follows from it is for [`crate::retry::verdict`] to say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// It did.
     Delivered,
+    /// It asked to be called again later; this is no failure and costs no attempt.
+    Deferred {
+        /// How long it asked to be left alone, as it said it: no limit has been applied.
+        wait: Duration,
+        /// Who asked, and why if they said so.
+        why: String,
+    },
     /// It did not.
-    Failed(Failure),
+    Failed {
+        /// Why.
+        failure: Failure,
+        /// The endpoint asked not to be called again before this time is over, as it said it.
+        not_before: Option<Duration>,
+    },
+}
+
+impl Outcome {
+    /// Why it was not taken, for those who look; `None` if it was.
+    pub fn reason(&self) -> Option<String> {
+        match self {
+            Self::Delivered => None,
+            Self::Deferred { why, .. } => Some(why.clone()),
+            Self::Failed { failure, .. } => Some(failure.to_string()),
+        }
+    }
+}
+
+impl From<Failure> for Outcome {
+    fn from(failure: Failure) -> Self {
+        Self::Failed { failure, not_before: None }
+    }
 }
 
 /// Why an attempt failed. The message is what history and dead letters show.
@@ -39,6 +88,9 @@ pub enum Failure {
     /// The endpoint answered with a status other than 2xx.
     #[error("the endpoint answered {0}")]
     Status(u16),
+    /// The endpoint answered 2xx, and said in the body that it failed.
+    #[error("the subscriber reported a failure: {0}")]
+    Reported(String),
     /// The exchange was not complete within the connection's timeout.
     #[error("no complete answer within {0:?}")]
     Timeout(Duration),
@@ -62,6 +114,19 @@ pub enum Failure {
 /// Delivers to one kind of connection.
 #[async_trait]
 pub trait Sink: Send + Sync {
-    /// Makes one attempt at `at`. Never takes longer than the connection's timeout.
-    async fn attempt(&self, connection: &Connection, delivery: &Delivery, at: Timestamp) -> AttemptReport;
+    /// Makes one attempt at `at` and reports on each delivery of the parcel, in their order. Never takes
+    /// longer than the connection's timeout.
+    async fn attempt(&self, connection: &Connection, parcel: Parcel<'_>, at: Timestamp)
+    -> Vec<AttemptReport>;
+
+    /// [`Sink::attempt`] with one delivery.
+    async fn attempt_one(
+        &self,
+        connection: &Connection,
+        delivery: &Delivery,
+        at: Timestamp,
+    ) -> AttemptReport {
+        let mut reports = self.attempt(connection, Parcel::Single(delivery), at).await;
+        reports.pop().expect("a sink reports on each delivery")
+    }
 }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use bus_core::{
     config::{Common, RoleConfig},
-    retry::RetryPolicy,
+    retry::{RetryPolicy, Rules},
+    subscription::BatchPolicy,
 };
 use serde::Deserialize;
 
@@ -37,8 +38,59 @@ pub struct LoopConfig {
     pub body_cache_bytes: u64,
     /// Receipts that may wait to be sent; more are dropped and counted.
     pub receipt_buffer: usize,
+    /// No deferral that a subscriber asks for is shorter, milliseconds, 100 or more.
+    pub defer_min_ms: u64,
+    /// No deferral is longer, milliseconds, up to 30 days.
+    pub defer_max_ms: u64,
+    /// No attempt is made later than this after a delivery was first enqueued, or replayed, seconds,
+    /// 60–2,592,000 (30 days).
+    pub lifetime_s: u64,
+    /// A delivery that was handed out this often in one turn without any result takes its workers down with
+    /// it, and is dead-lettered. 2–1,000.
+    pub max_handed_out: u32,
     /// When a failed delivery is tried again.
     pub retry: RetryPolicy,
+}
+
+impl LoopConfig {
+    /// What the consequences of an attempt go by.
+    pub fn rules<'a>(&self, policy: &'a RetryPolicy, final_statuses: &'a [u16]) -> Rules<'a> {
+        Rules {
+            policy,
+            final_statuses,
+            defer_min: Duration::from_millis(self.defer_min_ms),
+            defer_max: Duration::from_millis(self.defer_max_ms),
+            lifetime: Duration::from_secs(self.lifetime_s),
+        }
+    }
+
+    fn problem(&self) -> Option<String> {
+        if self.defer_min_ms < 100 {
+            return Some("worker.defer_min_ms must be at least 100, or a deferral makes a hot loop".into());
+        }
+        if !(self.defer_min_ms..=2_592_000_000).contains(&self.defer_max_ms) {
+            return Some(
+                "worker.defer_max_ms must be between worker.defer_min_ms and 2592000000 (30 days)".into(),
+            );
+        }
+        if !(60..=2_592_000).contains(&self.lifetime_s) {
+            return Some("worker.lifetime_s must be between 60 and 2592000 (30 days)".into());
+        }
+        if !(2..=1_000).contains(&self.max_handed_out) {
+            return Some("worker.max_handed_out must be between 2 and 1000".into());
+        }
+        self.retry.problem().map(|problem| format!("worker.{problem}"))
+    }
+}
+
+impl WorkerConfig {
+    /// The longest that a batch is gathered: as long as a subscription may ask for, if that leaves time for
+    /// the attempt before `nats.ack_wait_ms` is over. A batch's deliveries are held from the first moment.
+    pub fn longest_gathering(&self, common: &Common) -> Duration {
+        let ack_wait = Duration::from_millis(common.nats.ack_wait_ms);
+        let spare = ack_wait.saturating_sub(self.sink.max_timeout() + ACK_MARGIN);
+        spare.min(Duration::from_millis(BatchPolicy::MAX_WAIT_MS.into()))
+    }
 }
 
 impl RoleConfig for WorkerConfig {
@@ -67,8 +119,7 @@ impl RoleConfig for WorkerConfig {
                 self.worker.in_flight, common.lanes
             ));
         }
-        let retry = self.worker.retry.problem().map(|problem| format!("worker.{problem}"));
-        retry.or_else(|| self.sink.problem())
+        self.worker.problem().or_else(|| self.sink.problem())
     }
 }
 
@@ -79,6 +130,25 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn gathering_and_attempt_together_stay_below_ack_wait() {
+        let longest = |ack_wait_ms: &str| {
+            let environment = [
+                ("DATABASE_URL", "postgres://localhost/bus"),
+                ("NATS_URL", "nats://localhost"),
+                ("EVENT_BUS_NATS__ACK_WAIT_MS", ack_wait_ms),
+            ];
+            let loaded = load::<WorkerConfig>(
+                None,
+                environment.map(|(name, value)| (name.to_owned(), value.to_owned())),
+            )
+            .unwrap_or_else(|refused| panic!("{}", Chain(&refused)));
+            loaded.role.longest_gathering(&loaded.common)
+        };
+        assert_eq!(longest("60000"), Duration::from_secs(5));
+        assert_eq!(longest("36500"), Duration::from_millis(1_500));
+    }
+
     #[rstest]
     #[case::defaults("EVENT_BUS_LANES", "4", None)]
     #[case::ack_wait("EVENT_BUS_NATS__ACK_WAIT_MS", "35000", Some("nats.ack_wait_ms"))]
@@ -86,6 +156,13 @@ mod tests {
     #[case::timeout("EVENT_BUS_SINK__MAX_TIMEOUT_MS", "60000", Some("sink.max_timeout_ms"))]
     #[case::in_flight("EVENT_BUS_WORKER__IN_FLIGHT", "3", Some("worker.in_flight"))]
     #[case::retry("EVENT_BUS_WORKER__RETRY__FACTOR", "0.5", Some("worker.retry.factor"))]
+    #[case::attempts("EVENT_BUS_WORKER__RETRY__MAX_ATTEMPTS", "101", Some("worker.retry.max_attempts"))]
+    #[case::defer_min("EVENT_BUS_WORKER__DEFER_MIN_MS", "99", Some("worker.defer_min_ms"))]
+    #[case::defer_order("EVENT_BUS_WORKER__DEFER_MAX_MS", "999", Some("worker.defer_max_ms"))]
+    #[case::defer_max("EVENT_BUS_WORKER__DEFER_MAX_MS", "2592000001", Some("worker.defer_max_ms"))]
+    #[case::lifetime("EVENT_BUS_WORKER__LIFETIME_S", "59", Some("worker.lifetime_s"))]
+    #[case::handed_out("EVENT_BUS_WORKER__MAX_HANDED_OUT", "1", Some("worker.max_handed_out"))]
+    #[case::delays("EVENT_BUS_WORKER__RETRY__DELAYS_MS", "[200, 5000]", None)]
     #[case::unknown("EVENT_BUS_WORKER__IN_FLIHGT", "3", Some("in_flihgt"))]
     fn inequalities_are_checked_at_the_start(
         #[case] name: &str,

@@ -3,6 +3,7 @@
 //! The way of a delivery: [`lane`] pulls it, `delivery` finds its connection and decides what follows from
 //! the attempt, [`webhook`] makes the attempt.
 
+pub mod batching;
 mod bodies;
 mod closed;
 pub mod config;

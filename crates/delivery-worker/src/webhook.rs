@@ -1,33 +1,36 @@
 //! The webhook sink: one signed HTTP request per attempt.
 //!
-//! What counts as taken: a 2xx head whose body came to its end, or went past
-//! [`SinkConfig::max_answer_bytes`], within the connection's timeout. What the body says does not matter.
+//! What counts as an answer: a 2xx head whose body came to its end, or went past
+//! [`SinkConfig::max_answer_bytes`], within the connection's timeout; [`bus_core::answer`] says what it means.
 //! A 2xx head whose body stalls or breaks off is a failure, since the subscriber may still be at work or
 //! have crashed there; it gets the event again, under the same `webhook-id`. Any other status is that
 //! status's failure as soon as the head is there. Redirects are failures: following one would send the
 //! signed event to an address that its owner never gave (the CloudEvents webhook specification, §2, forbids it).
 //!
+//! A batch is one request in the batched mode of CloudEvents, whatever the connection's content mode, which
+//! is about single events. Its `webhook-id` is derived from the ids of its deliveries: the same for the same
+//! deliveries in any order. Retries may be grouped otherwise, so a subscriber to batches tells what it has
+//! had by the events in them.
+//!
 //! A pooled connection that the subscriber closed costs no attempt as long as nothing was sent on it:
 //! the request goes out on another one. When the closing and the request cross on the wire, the request
 //! was sent and may have been worked on, so that attempt fails; see [`SinkConfig::idle_timeout_ms`].
 
-use std::{
-    error::Error,
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+mod config;
+mod tls;
+
+use std::{error::Error, io, path::PathBuf, time::Duration};
 
 use async_trait::async_trait;
 use bus_core::{
     address::AddressPolicy,
-    cloudevent::{CloudEvent, STRUCTURED_CONTENT_TYPE},
+    answer::{Answer, HttpAnswer},
+    cloudevent::{self, BATCH_CONTENT_TYPE, CloudEvent, STRUCTURED_CONTENT_TYPE},
     connection::{Connection, ContentMode, Target, Webhook},
     delivery::Delivery,
     signature::{self, WEBHOOK_ID, WEBHOOK_SIGNATURE, WEBHOOK_TIMESTAMP},
-    sink::{AttemptReport, Failure, MAX_KEPT_ANSWER, Outcome, Sink},
-    webhook_rules::{MAX_TIMEOUT, MIN_TIMEOUT, forbidden_header},
+    sink::{AttemptReport, Failure, MAX_KEPT_ANSWER, Outcome, Parcel, Sink},
+    webhook_rules::forbidden_header,
 };
 use bytes::{Bytes, BytesMut};
 use http::{
@@ -39,89 +42,27 @@ use hyper_util::{
     client::legacy::Client,
     rt::{TokioExecutor, TokioTimer},
 };
-use ipnet::IpNet;
 use jiff::Timestamp;
-use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, pem::PemObject},
-};
-use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
+use uuid::Uuid;
 
+pub use self::config::SinkConfig;
 use crate::connector::{ConnectError, Connector, describe_io};
 
 /// The media type of structured mode.
 const STRUCTURED: HeaderValue = HeaderValue::from_static(STRUCTURED_CONTENT_TYPE);
+
+/// The media type of batched mode.
+const BATCH: HeaderValue = HeaderValue::from_static(BATCH_CONTENT_TYPE);
+
+/// The namespace (RFC 9562 §5.5) of the ids of batches. Arbitrary, and never to change.
+const BATCHES: Uuid = Uuid::from_u128(0x55dc8e6a_47a9_4734_b606_a186a782debb);
 
 /// The most that one connection buffers, bytes: bounds the head of an answer, which comes as one piece.
 const MAX_BUFFER: usize = 64 * 1024;
 
 /// The most characters of an error's cause that are kept: some quote what the subscriber sent.
 const MAX_CAUSE: usize = 200;
-
-/// How webhooks are called.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct SinkConfig {
-    /// Networks that may be called although they are not public. Empty by default.
-    pub allow_cidrs: Vec<IpNet>,
-    /// The longest exchange, whatever a connection asks for, milliseconds, 1,000–30,000.
-    pub max_timeout_ms: u64,
-    /// The most of an answer's body that is read, bytes; then the connection is closed. 1 B–1 MiB.
-    pub max_answer_bytes: usize,
-    /// The most idle connections that are kept open to one host and port, 0–1024.
-    pub idle_per_host: usize,
-    /// How long an idle connection is kept open, milliseconds, 1–300,000. A connection that the
-    /// subscriber closes in the moment of a request costs an attempt; a time below the subscribers' own
-    /// keep-alive times makes that rare.
-    pub idle_timeout_ms: u64,
-    /// Certificates (PEM) that are trusted in addition to Mozilla's root program, for private
-    /// authorities.
-    pub ca_file: Option<PathBuf>,
-    /// The `user-agent` of every request, unless a connection has its own.
-    pub user_agent: String,
-}
-
-impl Default for SinkConfig {
-    fn default() -> Self {
-        Self {
-            allow_cidrs: Vec::new(),
-            max_timeout_ms: 30_000,
-            max_answer_bytes: 64 * 1024,
-            idle_per_host: 64,
-            idle_timeout_ms: 15_000,
-            ca_file: None,
-            user_agent: concat!("event-bus/", env!("CARGO_PKG_VERSION")).to_owned(),
-        }
-    }
-}
-
-impl SinkConfig {
-    /// The longest exchange.
-    pub fn max_timeout(&self) -> Duration {
-        Duration::from_millis(self.max_timeout_ms)
-    }
-
-    /// The first value that is out of range, as a sentence.
-    pub fn problem(&self) -> Option<String> {
-        if !(MIN_TIMEOUT..=MAX_TIMEOUT).contains(&self.max_timeout()) {
-            return Some("sink.max_timeout_ms must be between 1000 and 30000".into());
-        }
-        if !(1..=1024 * 1024).contains(&self.max_answer_bytes) {
-            return Some("sink.max_answer_bytes must be between 1 and 1048576".into());
-        }
-        if self.idle_per_host > 1024 {
-            return Some("sink.idle_per_host must be at most 1024".into());
-        }
-        if !(1..=300_000).contains(&self.idle_timeout_ms) {
-            return Some("sink.idle_timeout_ms must be between 1 and 300000".into());
-        }
-        if HeaderValue::from_str(&self.user_agent).is_err() {
-            return Some("sink.user_agent must be printable ASCII".into());
-        }
-        None
-    }
-}
 
 /// Why the sink cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -188,7 +129,7 @@ impl WebhookSink {
             .pool_max_idle_per_host(config.idle_per_host)
             .http1_max_buf_size(MAX_BUFFER)
             .retry_canceled_requests(true)
-            .build(Connector::new(policy, tls(config.ca_file.as_deref())?));
+            .build(Connector::new(policy, tls::client(config.ca_file.as_deref())?));
         let user_agent = HeaderValue::from_str(&config.user_agent)
             .map_err(|error| SinkError::Config(error.to_string()))?;
         Ok(Self {
@@ -202,7 +143,7 @@ impl WebhookSink {
     fn request(
         &self,
         webhook: &Webhook,
-        delivery: &Delivery,
+        parcel: Parcel<'_>,
         at: Timestamp,
     ) -> Result<Request<Full<Bytes>>, Failure> {
         let uri: Uri = webhook
@@ -210,7 +151,7 @@ impl WebhookSink {
             .as_str()
             .parse()
             .map_err(|_| Failure::Request("the URL cannot be sent in a request".into()))?;
-        let (event_headers, body) = lay_out(webhook.content_mode, delivery)?;
+        let (event_headers, body) = lay_out(webhook.content_mode, parcel)?;
 
         let mut headers = HeaderMap::new();
         headers.insert(USER_AGENT, self.user_agent.clone());
@@ -220,7 +161,7 @@ impl WebhookSink {
         // (RFC 9110 §8.6).
         headers.insert(CONTENT_LENGTH, body.len().into());
 
-        let id = delivery.key.id.to_string();
+        let id = parcel_id(parcel).to_string();
         let timestamp = at.as_second();
         headers.insert(WEBHOOK_SIGNATURE, signature::sign(webhook.active_secrets(at), &id, timestamp, &body));
         headers.insert(WEBHOOK_TIMESTAMP, timestamp.into());
@@ -234,77 +175,123 @@ impl WebhookSink {
         Ok(request)
     }
 
-    /// Sends the request and reads the answer into `answer`, which holds what came even if the caller
-    /// stops waiting.
-    async fn exchange(&self, request: Request<Full<Bytes>>, answer: &mut Answer) -> Result<(), Failure> {
-        let response = self.client.request(request).await.map_err(|error| classify(&error))?;
-        answer.status = Some(response.status().as_u16());
-        let mut body = response.into_body();
-        let mut read = 0;
-        // Leaving the loop early drops the body, and with it the connection: nothing is drained.
-        while read < self.max_answer_bytes {
-            let Some(frame) = body.frame().await else { break };
-            let frame = frame.map_err(|error| classify(&error))?;
-            let Some(data) = frame.data_ref() else { continue };
-            read += data.len();
-            let room = MAX_KEPT_ANSWER - answer.kept.len();
-            answer.kept.extend_from_slice(&data[..room.min(data.len())]);
+    /// Makes the request and waits for what comes of it, which `received` keeps.
+    async fn call(
+        &self,
+        webhook: &Webhook,
+        parcel: Parcel<'_>,
+        at: Timestamp,
+        received: &mut Received,
+    ) -> Result<Answer, Failure> {
+        let request = self.request(webhook, parcel, at)?;
+        let limit = webhook.timeout.min(self.max_timeout);
+        match tokio::time::timeout(limit, self.exchange(request, at, received)).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(failure)) => received.by_head(at).ok_or(failure),
+            Err(_) => received.by_head(at).ok_or(Failure::Timeout(limit)),
         }
-        Ok(())
     }
 
-    async fn call(&self, webhook: &Webhook, delivery: &Delivery, at: Timestamp) -> (Outcome, Answer) {
-        let mut answer = Answer::default();
-        let request = match self.request(webhook, delivery, at) {
-            Ok(request) => request,
-            Err(failure) => return (Outcome::Failed(failure), answer),
-        };
-        let limit = webhook.timeout.min(self.max_timeout);
-        let ended = tokio::time::timeout(limit, self.exchange(request, &mut answer)).await;
-        let outcome = match (answer.status, ended) {
-            (Some(status), _) if !(200..300).contains(&status) => Outcome::Failed(Failure::Status(status)),
-            (_, Ok(Ok(()))) => Outcome::Delivered,
-            (_, Ok(Err(failure))) => Outcome::Failed(failure),
-            (_, Err(_)) => Outcome::Failed(Failure::Timeout(limit)),
-        };
-        (outcome, answer)
+    /// Sends the request and reads the answer to its end, or to the limit.
+    async fn exchange(
+        &self,
+        request: Request<Full<Bytes>>,
+        at: Timestamp,
+        received: &mut Received,
+    ) -> Result<Answer, Failure> {
+        let response = self.client.request(request).await.map_err(|error| classify(&error))?;
+        let (head, mut body) = response.into_parts();
+        let (status, headers) = received.head.insert((head.status.as_u16(), head.headers));
+        let mut complete = false;
+        // Leaving the loop early drops the body, and with it the connection: nothing is drained.
+        while received.body.len() <= self.max_answer_bytes {
+            let Some(frame) = body.frame().await else {
+                complete = true;
+                break;
+            };
+            if let Some(data) = frame.map_err(|error| classify(&error))?.data_ref() {
+                received.body.extend_from_slice(data);
+            }
+        }
+        let body = (complete && received.body.len() <= self.max_answer_bytes).then_some(&received.body[..]);
+        Ok(Answer::read(&HttpAnswer { status: *status, headers, body, at }))
     }
 }
 
 #[async_trait]
 impl Sink for WebhookSink {
-    async fn attempt(&self, connection: &Connection, delivery: &Delivery, at: Timestamp) -> AttemptReport {
+    async fn attempt(
+        &self,
+        connection: &Connection,
+        parcel: Parcel<'_>,
+        at: Timestamp,
+    ) -> Vec<AttemptReport> {
         let started = Instant::now();
-        let (outcome, answer) = match &connection.target {
-            Target::Webhook(webhook) => self.call(webhook, delivery, at).await,
-            Target::Publisher => {
-                let failure = Failure::Request("the connection receives nothing".into());
-                (Outcome::Failed(failure), Answer::default())
-            }
+        let mut received = Received::default();
+        let answer = match &connection.target {
+            _ if parcel.deliveries().is_empty() => return Vec::new(),
+            Target::Webhook(webhook) => self.call(webhook, parcel, at, &mut received).await,
+            Target::Publisher => Err(Failure::Request("the connection receives nothing".into())),
         };
-        AttemptReport {
-            outcome,
-            status: answer.status,
-            answer: answer.kept.freeze(),
-            duration: started.elapsed(),
-        }
+        let duration = started.elapsed();
+        let status = received.head.as_ref().map(|(status, _)| *status);
+        let kept = received.kept();
+        let report = |delivery: &Delivery| AttemptReport {
+            outcome: match &answer {
+                Ok(answer) => answer.about(&delivery.body).clone(),
+                Err(failure) => Outcome::from(failure.clone()),
+            },
+            status,
+            answer: kept.clone(),
+            duration,
+        };
+        parcel.deliveries().iter().map(report).collect()
     }
 }
 
 /// What came of an answer so far.
 #[derive(Default)]
-struct Answer {
-    status: Option<u16>,
-    kept: BytesMut,
+struct Received {
+    head: Option<(u16, HeaderMap)>,
+    /// At most one frame longer than what is read.
+    body: BytesMut,
 }
 
-/// The headers that describe the event, and the body.
-fn lay_out(mode: ContentMode, delivery: &Delivery) -> Result<(HeaderMap, Bytes), Failure> {
-    match mode {
-        ContentMode::Structured => {
-            Ok((HeaderMap::from_iter([(CONTENT_TYPE, STRUCTURED)]), delivery.body.clone()))
+impl Received {
+    /// What the answer says if its body does not matter, because its status is not 2xx.
+    fn by_head(&self, at: Timestamp) -> Option<Answer> {
+        let (status, headers) = self.head.as_ref().filter(|(status, _)| !(200..300).contains(status))?;
+        Some(Answer::read(&HttpAnswer { status: *status, headers, body: None, at }))
+    }
+
+    /// The start of the body, in memory of its own.
+    fn kept(&self) -> Bytes {
+        Bytes::copy_from_slice(&self.body[..self.body.len().min(MAX_KEPT_ANSWER)])
+    }
+}
+
+/// What `webhook-id` names: the delivery, or the deliveries of a batch in whatever order.
+fn parcel_id(parcel: Parcel<'_>) -> Uuid {
+    match parcel {
+        Parcel::Single(delivery) => delivery.key.id.0,
+        Parcel::Batch(deliveries) => {
+            let mut ids: Vec<Uuid> = deliveries.iter().map(|delivery| delivery.key.id.0).collect();
+            ids.sort_unstable();
+            let bytes: Vec<u8> = ids.into_iter().flat_map(Uuid::into_bytes).collect();
+            Uuid::new_v5(&BATCHES, &bytes)
         }
-        ContentMode::Binary => CloudEvent::from_structured(&delivery.body)
+    }
+}
+
+/// The headers that describe the events, and the body.
+fn lay_out(mode: ContentMode, parcel: Parcel<'_>) -> Result<(HeaderMap, Bytes), Failure> {
+    let with_type = |content_type, body| Ok((HeaderMap::from_iter([(CONTENT_TYPE, content_type)]), body));
+    match (parcel, mode) {
+        (Parcel::Batch(deliveries), _) => {
+            with_type(BATCH, cloudevent::to_batch(deliveries.iter().map(|delivery| &delivery.body[..])))
+        }
+        (Parcel::Single(delivery), ContentMode::Structured) => with_type(STRUCTURED, delivery.body.clone()),
+        (Parcel::Single(delivery), ContentMode::Binary) => CloudEvent::from_structured(&delivery.body)
             .map(|event| event.to_binary())
             .map_err(|_| Failure::Request("the event cannot be laid out in binary mode".into())),
     }
@@ -350,29 +337,4 @@ fn shorten(mut failure: Failure) -> Failure {
         cause.push('…');
     }
     failure
-}
-
-fn tls(ca_file: Option<&Path>) -> Result<ClientConfig, SinkError> {
-    let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
-    if let Some(path) = ca_file {
-        trust(&mut roots, path)?;
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(SinkError::Tls)?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    Ok(config)
-}
-
-fn trust(roots: &mut RootCertStore, path: &Path) -> Result<(), SinkError> {
-    let unreadable = |source| SinkError::CaFile { path: path.to_owned(), source };
-    let mut found = false;
-    for certificate in CertificateDer::pem_file_iter(path).map_err(unreadable)? {
-        let certificate = certificate.map_err(unreadable)?;
-        roots.add(certificate).map_err(|source| SinkError::Certificate { path: path.to_owned(), source })?;
-        found = true;
-    }
-    if found { Ok(()) } else { Err(SinkError::NoCertificate { path: path.to_owned() }) }
 }

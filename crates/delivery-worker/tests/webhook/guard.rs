@@ -11,7 +11,7 @@ const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
 
 fn refused(outcome: Outcome) -> IpAddr {
     match outcome {
-        Outcome::Failed(Failure::AddressRefused(address)) => address,
+        Outcome::Failed { failure: Failure::AddressRefused(address), .. } => address,
         other => panic!("{other:?}"),
     }
 }
@@ -112,6 +112,8 @@ async fn a_name_without_an_address_does_not_resolve() {
     // A label has at most 63 characters (RFC 1035 §2.3.4): fails without asking any server.
     let host = format!("{}.invalid", "a".repeat(64));
     let report = attempt(&sink(), webhook(&format!("http://{host}/"))).await;
-    let Outcome::Failed(Failure::Resolve(cause)) = report.outcome else { panic!("{:?}", report.outcome) };
+    let Outcome::Failed { failure: Failure::Resolve(cause), .. } = report.outcome else {
+        panic!("{:?}", report.outcome)
+    };
     assert!(!cause.contains("aaaa"), "{cause}");
 }

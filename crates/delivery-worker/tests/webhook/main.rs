@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod answers;
+mod batches;
 mod guard;
 mod requests;
 mod server;
@@ -81,13 +82,13 @@ fn sink() -> WebhookSink {
 
 /// One attempt to deliver [`EVENT`] now.
 async fn attempt(sink: &WebhookSink, webhook: Webhook) -> AttemptReport {
-    sink.attempt(&connection(Target::Webhook(Box::new(webhook))), &delivery(EVENT), at()).await
+    sink.attempt_one(&connection(Target::Webhook(Box::new(webhook))), &delivery(EVENT), at()).await
 }
 
 #[test]
 fn configuration_has_defaults_and_no_unknown_keys() {
     let config: SinkConfig = serde_json::from_str("{}").unwrap();
-    assert_eq!((config.max_answer_bytes, config.idle_per_host), (65_536, 64));
+    assert_eq!((config.max_answer_bytes, config.idle_per_host), (262_144, 64));
     assert!(config.allow_cidrs.is_empty() && config.problem().is_none());
     let config: SinkConfig = serde_json::from_str(r#"{"allow_cidrs":["10.0.0.0/8","fd00::/8"]}"#).unwrap();
     assert_eq!(config.allow_cidrs.len(), 2);

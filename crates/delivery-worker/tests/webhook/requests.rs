@@ -96,7 +96,7 @@ async fn binary_without_a_payload_has_an_empty_body() {
     let mut target = webhook(&server.url("/"));
     target.content_mode = ContentMode::Binary;
     let event = delivery(br#"{"specversion":"1.0","id":"e","source":"/s","type":"t"}"#);
-    let report = sink().attempt(&connection(Target::Webhook(Box::new(target))), &event, at()).await;
+    let report = sink().attempt_one(&connection(Target::Webhook(Box::new(target))), &event, at()).await;
 
     assert_eq!(report.outcome, Outcome::Delivered);
     let received = server.only();
@@ -112,7 +112,7 @@ async fn every_attempt_has_the_same_id_and_its_own_time() {
     let target = connection(Target::Webhook(Box::new(webhook(&server.url("/")))));
     let later = at() + SignedDuration::from_hours(1);
     for time in [at(), later] {
-        assert_eq!(sink.attempt(&target, &delivery(EVENT), time).await.outcome, Outcome::Delivered);
+        assert_eq!(sink.attempt_one(&target, &delivery(EVENT), time).await.outcome, Outcome::Delivered);
     }
     let received = server.received();
     assert_eq!(received[0].header("webhook-id"), received[1].header("webhook-id"));
@@ -128,8 +128,8 @@ async fn a_replaced_secret_signs_too_until_its_time() {
     target.previous_secret = Some((secret(OTHER_SECRET), at() + SignedDuration::from_secs(1)));
     let target = connection(Target::Webhook(Box::new(target)));
     let after = at() + SignedDuration::from_secs(1);
-    sink.attempt(&target, &delivery(EVENT), at()).await;
-    sink.attempt(&target, &delivery(EVENT), after).await;
+    sink.attempt_one(&target, &delivery(EVENT), at()).await;
+    sink.attempt_one(&target, &delivery(EVENT), after).await;
 
     let received = server.received();
     assert_eq!(received[0].header("webhook-signature").split(' ').count(), 2);
@@ -189,11 +189,11 @@ async fn what_cannot_be_a_request_is_not_sent() {
     let server = Server::answering(OK).await;
     let sink = sink();
     let request_failure = |outcome| match outcome {
-        Outcome::Failed(Failure::Request(cause)) => cause,
+        Outcome::Failed { failure: Failure::Request(cause), .. } => cause,
         other => panic!("{other:?}"),
     };
 
-    let report = sink.attempt(&connection(Target::Publisher), &delivery(EVENT), at()).await;
+    let report = sink.attempt_one(&connection(Target::Publisher), &delivery(EVENT), at()).await;
     assert_eq!(request_failure(report.outcome), "the connection receives nothing");
 
     let mut target = webhook(&server.url("/"));
@@ -204,7 +204,7 @@ async fn what_cannot_be_a_request_is_not_sent() {
     let mut target = webhook(&server.url("/"));
     target.content_mode = ContentMode::Binary;
     let target = connection(Target::Webhook(Box::new(target)));
-    let report = sink.attempt(&target, &delivery(b"{}"), at()).await;
+    let report = sink.attempt_one(&target, &delivery(b"{}"), at()).await;
     assert_eq!(request_failure(report.outcome), "the event cannot be laid out in binary mode");
 
     assert_eq!(server.connections(), 0);

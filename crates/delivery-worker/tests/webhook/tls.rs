@@ -49,7 +49,7 @@ fn trusting(file: &NamedTempFile) -> Result<WebhookSink, SinkError> {
 
 fn tls_cause(outcome: Outcome) -> String {
     match outcome {
-        Outcome::Failed(Failure::Connect(cause)) => cause,
+        Outcome::Failed { failure: Failure::Connect(cause), .. } => cause,
         other => panic!("{other:?}"),
     }
 }
