@@ -24,7 +24,8 @@ GRANT SELECT, INSERT, UPDATE ON event_keys, outbox TO bus_publisher;
 GRANT SELECT, INSERT ON delivery_queue TO bus_publisher;
 GRANT SELECT ON parked_deliveries, dead_letters, delivery_attempts TO bus_publisher;
 
-GRANT SELECT ON connections, events TO bus_worker;
+GRANT SELECT ON connections, subscriptions, events TO bus_worker;
+GRANT EXECUTE ON FUNCTION disable_connection(uuid, uuid, bigint, text) TO bus_worker;
 GRANT SELECT, INSERT, UPDATE ON parked_deliveries TO bus_worker;
 GRANT SELECT, INSERT ON dead_letters, delivery_attempts TO bus_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON delivery_queue TO bus_worker;

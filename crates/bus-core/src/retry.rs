@@ -26,6 +26,63 @@ impl Default for RetryPolicy {
     }
 }
 
+/// A subscription's own retry policy: what it leaves out is as in the configured one. Either a list of
+/// delays, or any of the values of the exponential back-off; the jitter goes with both.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RetryOverride {
+    /// As [`RetryPolicy::max_attempts`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_attempts: Option<u32>,
+    /// As [`RetryPolicy::base_ms`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_ms: Option<u64>,
+    /// As [`RetryPolicy::factor`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub factor: Option<f64>,
+    /// As [`RetryPolicy::cap_ms`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cap_ms: Option<u64>,
+    /// As [`RetryPolicy::jitter`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jitter: Option<f64>,
+    /// The waits, milliseconds; there is one attempt more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delays_ms: Option<Vec<u64>>,
+}
+
+impl RetryOverride {
+    /// Why this cannot be used, if so: the member at fault, as the API names it, and the rule it breaks.
+    pub fn problem(&self) -> Option<(&'static str, String)> {
+        const LONGEST: u64 = 86_400_000;
+        let wrong = |member, rule: &str| Some((member, rule.to_owned()));
+        let exponential = self.max_attempts.is_some()
+            || self.base_ms.is_some()
+            || self.factor.is_some()
+            || self.cap_ms.is_some();
+        let out_of = |wait: Option<u64>| wait.is_some_and(|wait| !(1..=LONGEST).contains(&wait));
+        if self.delays_ms.is_some() && exponential {
+            wrong("delaysMs", "takes the place of maxAttempts, baseMs, factor and capMs; give either")
+        } else if self.max_attempts.is_some_and(|attempts| !(1..=100).contains(&attempts)) {
+            wrong("maxAttempts", "must be between 1 and 100")
+        } else if out_of(self.base_ms) {
+            wrong("baseMs", "must be between 1 and 86400000 (24 h)")
+        } else if self.factor.is_some_and(|factor| !(1.0..=10.0).contains(&factor)) {
+            wrong("factor", "must be between 1 and 10")
+        } else if out_of(self.cap_ms) {
+            wrong("capMs", "must be between 1 and 86400000 (24 h)")
+        } else if self.jitter.is_some_and(|jitter| !(0.0..=1.0).contains(&jitter)) {
+            wrong("jitter", "must be between 0 and 1")
+        } else if self.delays_ms.as_ref().is_some_and(|delays| !(1..=100).contains(&delays.len())) {
+            wrong("delaysMs", "must have between 1 and 100 entries")
+        } else if self.delays_ms.iter().flatten().any(|delay| *delay > LONGEST) {
+            wrong("delaysMs", "must have no entry above 86400000 (24 h)")
+        } else {
+            None
+        }
+    }
+}
+
 /// What follows from a failed attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bus_core::{
     clock::Clock,
-    connection::{Connection, Target},
+    connection::{Receiver, Target},
     delivery::{Delivery, DeliveryKey},
     launcher::BoxError,
     pg::{self, DeadLetter, Park},
@@ -64,7 +64,7 @@ impl Deliverer {
         } else {
             self.patience.insist(lease.as_ref(), &key, || self.prepare(&key, &body)).await
         };
-        let (connection, body) = match prepared {
+        let (receiver, body) = match prepared {
             Some(Ok(prepared)) => prepared,
             Some(Err(reason)) => {
                 return self.give_up(lease, DeadLetter::new(key, attempts, reason), Bytes::new()).await;
@@ -73,7 +73,7 @@ impl Deliverer {
         };
         let at = self.clock.now();
         let delivery = Delivery { key, attempts, body };
-        let report = self.webhooks.attempt(&connection, &delivery, at).await;
+        let report = self.webhooks.attempt(&receiver.connection, &delivery, at).await;
         histogram!("bus_attempt_duration_seconds").record(report.duration.as_secs_f64());
         let outcome = self.settle(lease, &delivery, number, &report).await;
         counter!("bus_attempts", "outcome" => outcome.as_str()).increment(1);
@@ -85,11 +85,13 @@ impl Deliverer {
         &self,
         key: &DeliveryKey,
         body: &Body,
-    ) -> Result<Result<(Arc<Connection>, Bytes), &'static str>, BoxError> {
-        let connection = self.connections.get(key).await?;
-        let Some(connection) = connection.filter(|found| found.organization == key.organization) else {
+    ) -> Result<Result<(Arc<Receiver>, Bytes), &'static str>, BoxError> {
+        let receiver = self.connections.get(key).await?;
+        let Some(receiver) = receiver.filter(|found| found.connection.organization == key.organization)
+        else {
             return Ok(Err("connection_deleted"));
         };
+        let connection = &receiver.connection;
         if !connection.enabled {
             return Ok(Err("connection_disabled"));
         }
@@ -100,7 +102,7 @@ impl Deliverer {
             Body::Inline(body) => Some(body.clone()),
             Body::Stored => self.bodies.get(key.event).await?,
         };
-        Ok(body.map(|body| (connection, body)).ok_or("event_expired"))
+        Ok(body.map(|body| (receiver, body)).ok_or("event_expired"))
     }
 
     /// Draws the consequence of an attempt.
