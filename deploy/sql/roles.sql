@@ -27,7 +27,8 @@ GRANT SELECT ON delivery_attempts TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_publisher;
 GRANT DELETE ON delivery_queue TO bus_publisher;
 
-GRANT SELECT ON connections, events TO bus_worker;
+GRANT SELECT ON connections, subscriptions, events TO bus_worker;
+GRANT EXECUTE ON FUNCTION disable_connection(uuid, uuid, bigint, text) TO bus_worker;
 GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_worker;
 GRANT SELECT, INSERT ON delivery_attempts TO bus_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON delivery_queue TO bus_worker;

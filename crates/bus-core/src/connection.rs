@@ -1,14 +1,18 @@
 //! Connections: the identities that publish events and receive them.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use url::Url;
 
 use crate::{
-    ids::{ConnectionId, OrganizationId},
+    ids::{ConnectionId, OrganizationId, SubscriptionId},
     signature::SigningSecret,
+    subscription::SubscriptionRules,
 };
 
 /// How an event is laid out in a webhook request (CloudEvents HTTP binding §3).
@@ -42,6 +46,9 @@ pub struct Webhook {
     pub timeout: Duration,
     /// How the event is laid out.
     pub content_mode: ContentMode,
+    /// Answers with one of these HTTP statuses are final: the delivery is dead at once. In ascending order;
+    /// see [`crate::webhook_rules::check_final_statuses`].
+    pub final_statuses: Vec<u16>,
     /// Signs every request.
     pub secret: SigningSecret,
     /// Signs too until the given time, so that a subscriber can rotate.
@@ -77,4 +84,14 @@ pub struct Connection {
     pub created_at: Timestamp,
     /// When it was last changed.
     pub updated_at: Timestamp,
+}
+
+/// A connection, and what those of its subscriptions say that have rules of their own: all that a worker
+/// needs to know to make a delivery.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Receiver {
+    /// The connection. Its version is incremented by each change of the rules, too.
+    pub connection: Connection,
+    /// The rules, also of deleted subscriptions: their deliveries may still be under way.
+    pub rules: HashMap<SubscriptionId, SubscriptionRules>,
 }

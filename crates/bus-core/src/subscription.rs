@@ -9,7 +9,18 @@ use crate::{
     filter::PayloadFilter,
     ids::{ConnectionId, OrganizationId, SubscriptionId},
     pattern::TypePattern,
+    retry::RetryOverride,
 };
+
+/// What a subscription says about how its deliveries are made. It is no part of what makes a
+/// subscription unique, and a worker keeps it with the connection ([`crate::connection::Receiver`]).
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct SubscriptionRules {
+    /// Where its retries differ from the configured policy.
+    pub retry: Option<RetryOverride>,
+    /// How its events are gathered; one by one if `None`.
+    pub batch: Option<BatchPolicy>,
+}
 
 /// A subscription, as stored.
 #[derive(Debug, Clone)]
@@ -26,6 +37,8 @@ pub struct Subscription {
     pub publisher: Option<ConnectionId>,
     /// Only events whose payload this selects something of.
     pub filter: Option<PayloadFilter>,
+    /// How its deliveries are made.
+    pub rules: SubscriptionRules,
     /// It matches nothing while this is false.
     pub enabled: bool,
     /// When it was created.

@@ -1,6 +1,6 @@
 //! What a webhook connection may ask for: the rules that the HTTP API checks and the sink relies on.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, ops::RangeInclusive, time::Duration};
 
 use http::HeaderName;
 
@@ -15,6 +15,12 @@ pub const MAX_HEADERS: usize = 32;
 
 /// The most bytes that a connection's own headers may have, names and values together.
 pub const MAX_HEADER_BYTES: usize = 8 * 1024;
+
+/// The HTTP statuses that a connection may declare final: what is neither an interim answer nor success.
+pub const FINAL_STATUSES: RangeInclusive<u16> = 300..=599;
+
+/// The most statuses that a connection may declare final.
+pub const MAX_FINAL_STATUSES: usize = 50;
 
 /// Frame the message or manage the connection (RFC 9110 §7.6.1, RFC 9112 §6), describe the body, or ask
 /// for an encoding that the bus does not decode. The bus sets them, or nobody does.
@@ -62,6 +68,21 @@ pub enum HeadersRefused {
     Repeated(String),
 }
 
+/// Why a connection's final statuses were refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FinalStatusesRefused {
+    /// More than [`MAX_FINAL_STATUSES`].
+    #[error("there must be at most {MAX_FINAL_STATUSES} final statuses")]
+    TooMany,
+    /// The one at this index is not one of [`FINAL_STATUSES`].
+    #[error("a final status must be from {} to {}", FINAL_STATUSES.start(), FINAL_STATUSES.end())]
+    OutOfRange(usize),
+    /// The one at this index was there before.
+    #[error("this status is given twice")]
+    Repeated(usize),
+}
+
 /// Whether `name` (in any case) is the bus's to set, and never a connection's. An underscore counts as a
 /// hyphen: to a CGI or WSGI subscriber `webhook_id` and `webhook-id` are the same (RFC 3875 §4.1.18).
 pub fn forbidden_header(name: &str) -> bool {
@@ -100,6 +121,25 @@ pub fn check_headers(headers: &BTreeMap<String, String>) -> Result<(), HeadersRe
     Ok(())
 }
 
+/// Checks the statuses that a connection wants to be final.
+///
+/// # Errors
+/// The first rule that they break.
+pub fn check_final_statuses(statuses: &[u16]) -> Result<(), FinalStatusesRefused> {
+    if statuses.len() > MAX_FINAL_STATUSES {
+        return Err(FinalStatusesRefused::TooMany);
+    }
+    for (index, status) in statuses.iter().enumerate() {
+        if !FINAL_STATUSES.contains(status) {
+            return Err(FinalStatusesRefused::OutOfRange(index));
+        }
+        if statuses[..index].contains(status) {
+            return Err(FinalStatusesRefused::Repeated(index));
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,6 +170,19 @@ mod tests {
         for name in ["authorization", "X-Webhook-Id", "user-agent", "accept", "cookie", "cell", "webhook"] {
             assert!(!forbidden_header(name), "{name}");
         }
+    }
+
+    #[test]
+    fn final_statuses_are_few_distinct_and_no_success() {
+        let most: Vec<u16> = (400..450).collect();
+        for fine in [&[][..], &[300, 599], &most] {
+            assert_eq!(check_final_statuses(fine), Ok(()));
+        }
+        assert_eq!(check_final_statuses(&[404, 299]), Err(FinalStatusesRefused::OutOfRange(1)));
+        assert_eq!(check_final_statuses(&[600]), Err(FinalStatusesRefused::OutOfRange(0)));
+        assert_eq!(check_final_statuses(&[404, 410, 404]), Err(FinalStatusesRefused::Repeated(2)));
+        let many: Vec<u16> = (400..451).collect();
+        assert_eq!(check_final_statuses(&many), Err(FinalStatusesRefused::TooMany));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use bus_core::{
     launcher::{BoxError, Heartbeat},
     pg::{self, DeadLetter},
     queue::{DeliveryQueue, Enqueue, QueueError},
+    retry::DeadReason,
     telemetry::Chain,
 };
 use metrics::counter;
@@ -66,7 +67,7 @@ pub async fn return_due(pool: &PgPool, queue: &dyn DeliveryQueue) -> Result<Dura
                 deliveries.push(Enqueue { key: due.key, progress: due.progress, body: body.clone() });
             }
             None => {
-                pg::bury(pool, &DeadLetter::new(due.key, due.progress, "event_expired")).await?;
+                pg::bury(pool, &DeadLetter::new(due.key, due.progress, DeadReason::EventExpired)).await?;
             }
         }
     }

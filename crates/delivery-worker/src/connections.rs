@@ -9,7 +9,7 @@ use std::{
 };
 
 use bus_core::{
-    connection::Connection,
+    connection::Receiver,
     delivery::DeliveryKey,
     ids::ConnectionId,
     pg::{self, StoreError},
@@ -21,7 +21,7 @@ use sqlx::PgPool;
 use tokio::time::Instant;
 use tracing::debug;
 
-/// The kept connections; a deleted one is kept too, as `None`. Cheap to clone.
+/// The kept connections with their subscriptions' rules; a deleted one is kept too, as `None`. Cheap to clone.
 ///
 /// Fresh enough is: at least the version that the delivery was matched with, read since the last hint that
 /// concerns it, and not longer ago than the time to live. What is not fresh is read again. While the
@@ -39,7 +39,7 @@ pub(crate) struct Connections {
 #[derive(Debug, Clone)]
 struct Kept {
     /// `None` if it was deleted, or has not been read yet but is already outdated.
-    connection: Option<Arc<Connection>>,
+    receiver: Option<Arc<Receiver>>,
     read_at: Instant,
     epoch: u64,
     /// A hint says that it has changed since.
@@ -49,28 +49,36 @@ struct Kept {
 impl Kept {
     /// It has not changed since, as far as the delivery and the hints know.
     fn is_current(&self, key: &DeliveryKey) -> bool {
-        let version = self.connection.as_ref().map_or(i64::MAX, |connection| connection.version);
+        let version = self.receiver.as_ref().map_or(i64::MAX, |receiver| receiver.connection.version);
         !self.outdated && version >= key.connection_version
+    }
+
+    /// A connection counts as one, and every ten of the rules that are kept with it as another: with retry
+    /// policies as long as they may be, ten take about 10 KiB.
+    fn weight(&self) -> u32 {
+        let rules = self.receiver.as_ref().map_or(0, |receiver| receiver.rules.len());
+        u32::try_from(1 + rules / 10).unwrap_or(u32::MAX)
     }
 }
 
 impl Connections {
     pub(crate) fn new(pool: PgPool, capacity: u64, ttl: Duration) -> Self {
-        Self { pool, ttl, kept: Cache::builder().max_capacity(capacity).build(), epoch: Arc::default() }
+        let kept = Cache::builder().max_capacity(capacity).weigher(|_, kept: &Kept| kept.weight()).build();
+        Self { pool, ttl, kept, epoch: Arc::default() }
     }
 
     /// The delivery's connection; `None` if it was deleted.
-    pub(crate) async fn get(&self, key: &DeliveryKey) -> Result<Option<Arc<Connection>>, StoreError> {
+    pub(crate) async fn get(&self, key: &DeliveryKey) -> Result<Option<Arc<Receiver>>, StoreError> {
         let kept = self.kept.get(&key.connection).await;
         if let Some(kept) = kept.as_ref().filter(|kept| self.is_fresh(kept, key)) {
-            return Ok(kept.connection.clone());
+            return Ok(kept.receiver.clone());
         }
         match self.read(key).await {
-            Ok(connection) => Ok(connection),
+            Ok(receiver) => Ok(receiver),
             Err(failed) => match kept {
                 Some(kept) if failed.is_unavailable() && kept.is_current(key) => {
                     debug!(connection.id = %key.connection, "The database is away; the kept connection serves");
-                    Ok(kept.connection)
+                    Ok(kept.receiver)
                 }
                 _ => Err(failed),
             },
@@ -84,11 +92,11 @@ impl Connections {
     }
 
     /// Several deliveries may read the same connection at once; what was read first stays if it is newer.
-    async fn read(&self, key: &DeliveryKey) -> Result<Option<Arc<Connection>>, StoreError> {
+    async fn read(&self, key: &DeliveryKey) -> Result<Option<Arc<Receiver>>, StoreError> {
         // Both from before the read: a hint that comes meanwhile makes it outdated again.
         let (epoch, read_at) = (self.epoch.load(Ordering::Acquire), Instant::now());
-        let connection = pg::connection(&self.pool, key.organization, key.connection).await?.map(Arc::new);
-        let fresh = Kept { connection: connection.clone(), read_at, epoch, outdated: false };
+        let receiver = pg::receiver(&self.pool, key.organization, key.connection).await?.map(Arc::new);
+        let fresh = Kept { receiver: receiver.clone(), read_at, epoch, outdated: false };
         self.kept
             .entry(key.connection)
             .and_upsert_with(|kept| {
@@ -97,14 +105,14 @@ impl Connections {
                 std::future::ready(newer)
             })
             .await;
-        Ok(connection)
+        Ok(receiver)
     }
 
     /// What was read before this moment is outdated, also if the read ends only afterwards.
     async fn outdate(&self, id: ConnectionId) {
         let outdated = |kept: Option<moka::Entry<ConnectionId, Kept>>| {
-            let connection = kept.and_then(|kept| kept.into_value().connection);
-            std::future::ready(Kept { connection, read_at: Instant::now(), epoch: 0, outdated: true })
+            let receiver = kept.and_then(|kept| kept.into_value().receiver);
+            std::future::ready(Kept { receiver, read_at: Instant::now(), epoch: 0, outdated: true })
         };
         self.kept.entry(id).and_upsert_with(outdated).await;
     }

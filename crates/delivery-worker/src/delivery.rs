@@ -4,46 +4,70 @@ use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     clock::Clock,
-    connection::{Connection, Target},
+    connection::{Receiver, Target},
     delivery::{Delivery, DeliveryKey, Progress},
     launcher::BoxError,
     pg::{self, DeadLetter, LastAttempt, Park},
-    queue::{Body, DeliveryQueue, Leased},
+    queue::{Body, DeliveryQueue, Hints, Leased},
     receipt::{Receipt, ReceiptOutcome},
-    retry::{RetryPolicy, Verdict},
-    sink::{AttemptReport, Outcome, Sink},
+    retry::{DeadReason, RetryPolicy, Rules, Standing, Verdict, verdict},
+    sink::{AttemptReport, Outcome, Parcel, Sink},
 };
 use bytes::Bytes;
 use jiff::Timestamp;
 use metrics::{counter, histogram};
 use sqlx::PgPool;
-use tracing::{debug, warn};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, info, warn};
 
 use crate::{
-    bodies::Bodies, closed::ClosedDeliveries, connections::Connections, hold::Hold, parking::Parking,
-    patience::Patience, receipts::Receipts,
+    batching::Batcher, bodies::Bodies, closed::ClosedDeliveries, config::LoopConfig,
+    connections::Connections, hold::Hold, parking::Parking, patience::Patience, receipts::Receipts,
 };
 
-/// Does the deliveries of one worker.
-pub(crate) struct Deliverer {
-    pub(crate) pool: PgPool,
-    pub(crate) queue: Arc<dyn DeliveryQueue>,
-    pub(crate) connections: Connections,
-    pub(crate) bodies: Bodies,
-    pub(crate) webhooks: Box<dyn Sink>,
-    pub(crate) parking: Parking,
-    pub(crate) patience: Patience,
-    pub(crate) closed: ClosedDeliveries,
-    pub(crate) receipts: Receipts,
-    pub(crate) retry: RetryPolicy,
-    /// A delivery that was handed out more often in one turn takes its workers down with it, or is always
-    /// killed with them.
-    pub(crate) max_handed_out: u32,
-    /// How long a hold lasts.
-    pub(crate) lease: Duration,
-    pub(crate) clock: Arc<dyn Clock>,
+/// What a [`Deliverer`] is made of.
+pub struct Parts {
+    /// The database.
+    pub pool: PgPool,
+    /// Where the deliveries come from, and where retries and dead letters go.
+    pub queue: Arc<dyn DeliveryQueue>,
+    /// Says that connections changed and deliveries were closed.
+    pub hints: Arc<dyn Hints>,
+    /// Makes the attempts.
+    pub webhooks: Box<dyn Sink>,
+    /// Limits and the retry policy.
+    pub settings: LoopConfig,
+    /// How long a hold on a delivery lasts.
+    pub lease: Duration,
+    /// The longest that a batch is gathered.
+    pub longest_gathering: Duration,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
     /// In `0.0..1.0`; chooses the jitter.
-    pub(crate) random: fn() -> f64,
+    pub random: fn() -> f64,
+    /// For what runs beside the deliveries.
+    pub tasks: TaskTracker,
+    /// From then on nothing is insisted on.
+    pub stop: CancellationToken,
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parts").finish_non_exhaustive()
+    }
+}
+
+/// Brings deliveries to their end. The worker's lanes feed it.
+pub struct Deliverer {
+    parts: Parts,
+    connections: Connections,
+    bodies: Bodies,
+    batches: Batcher<InHand>,
+    parking: Parking,
+    patience: Patience,
+    closed: ClosedDeliveries,
+    receipts: Receipts,
 }
 
 impl std::fmt::Debug for Deliverer {
@@ -52,11 +76,49 @@ impl std::fmt::Debug for Deliverer {
     }
 }
 
+/// A delivery in a worker's hands, with the slot of its lane that it takes.
+#[derive(Debug)]
+struct InHand {
+    hold: Hold,
+    progress: Progress,
+    _slot: OwnedSemaphorePermit,
+}
+
 impl Deliverer {
-    /// Brings a delivery to its end. At a stop it may be left to the queue, which hands it out again.
-    pub(crate) async fn deliver(&self, leased: Leased) {
+    /// Starts what runs beside the deliveries: it follows hints, parks, and sends receipts, until the stop.
+    pub fn start(parts: Parts) -> Self {
+        let (pool, settings, stop, tasks) = (&parts.pool, &parts.settings, &parts.stop, &parts.tasks);
+        let ttl = Duration::from_secs(settings.connection_ttl_s);
+        let connections = Connections::new(pool.clone(), settings.connection_cache, ttl);
+        let closed = ClosedDeliveries::new(pool.clone(), Duration::from_secs(settings.lifetime_s));
+        let following = connections.clone().follow(Arc::clone(&parts.hints));
+        tasks.spawn(stop.clone().run_until_cancelled_owned(following));
+        let following = closed.clone().follow(Arc::clone(&parts.hints));
+        tasks.spawn(stop.clone().run_until_cancelled_owned(following));
+        let patience = Patience::new(stop.clone());
+        let (queue, buffer) = (Arc::clone(&parts.queue), settings.receipt_buffer);
+        Self {
+            connections,
+            bodies: Bodies::new(pool.clone(), settings.body_cache_bytes),
+            batches: Batcher::new(parts.longest_gathering, stop.clone()),
+            parking: Parking::start(pool.clone(), patience.clone(), tasks),
+            patience,
+            closed,
+            receipts: Receipts::start(queue, buffer, tasks, stop.clone()),
+            parts,
+        }
+    }
+
+    /// Sends off what is gathered for batches: their lane has no slot left for what they wait for.
+    pub(crate) fn flush_batches(&self) {
+        self.batches.flush_all();
+    }
+
+    /// Brings a delivery to its end, or to others of its batch whose task does. At a stop it may be left to the
+    /// queue, which hands it out again.
+    pub async fn deliver(&self, leased: Leased, slot: OwnedSemaphorePermit) {
         let Leased { key, progress, handed_out, wait, body, lease } = leased;
-        let hold = Hold::new(key, lease, self.lease);
+        let hold = Hold::new(key, lease, self.parts.lease);
         if let Some(wait) = wait {
             let park = Park {
                 key,
@@ -72,25 +134,41 @@ impl Deliverer {
             debug!(delivery.id = %key.id, turn = progress.turn, "Closed, or overtaken by a later turn");
             return hold.ack().await;
         }
-        let prepared = if handed_out > self.max_handed_out {
-            Some(Err("redelivered_too_often"))
+        let prepared = if handed_out > self.parts.settings.max_handed_out {
+            Some(Err(DeadReason::RedeliveredTooOften))
         } else {
             self.patience.insist(&hold, || self.prepare(&key, &body)).await
         };
-        let (connection, body) = match prepared {
+        let (receiver, body) = match prepared {
             Some(Ok(prepared)) => prepared,
             Some(Err(reason)) => {
-                return self.give_up(hold, DeadLetter::new(key, progress, reason), Bytes::new()).await;
+                self.give_up(hold, DeadLetter::new(key, progress, reason), Bytes::new()).await;
+                return;
             }
             None => return hold.put_back().await,
         };
-        let at = self.clock.now();
         let delivery = Delivery { key, body };
-        let report = self.webhooks.attempt(&connection, &delivery, at).await;
-        histogram!("bus_attempt_duration_seconds").record(report.duration.as_secs_f64());
-        let outcome = self.settle(hold, &delivery, progress, &report, at).await;
-        counter!("bus_attempts", "outcome" => outcome.as_str()).increment(1);
-        self.receipts.send(receipt(&delivery.key, progress, outcome, &report, at));
+        let in_hand = InHand { hold, progress, _slot: slot };
+        let batch = receiver.rules.get(&key.subscription).and_then(|rules| rules.batch);
+        match batch {
+            None => self.attempt(&receiver, Parcel::Single(&delivery), vec![in_hand]).await,
+            Some(policy) => {
+                let Some(batch) = self.batches.add(policy, delivery, in_hand).await else { return };
+                // Whoever was added last may have been matched with a later version of the connection.
+                let latest =
+                    batch.deliveries.iter().map(|one| one.key).max_by_key(|key| key.connection_version);
+                let reread = match latest {
+                    Some(latest) if latest.connection_version > receiver.connection.version => {
+                        self.connections.get(&latest).await.ok().flatten()
+                    }
+                    _ => None,
+                };
+                // Of several holds on one delivery the latest is the one that the queue knows.
+                let in_hand = batch.held.into_iter().filter_map(|mut holds| holds.pop()).collect();
+                let receiver = reread.unwrap_or(receiver);
+                self.attempt(&receiver, Parcel::Batch(&batch.deliveries), in_hand).await;
+            }
+        }
     }
 
     /// What an attempt needs, or the reason why there can be none.
@@ -98,27 +176,46 @@ impl Deliverer {
         &self,
         key: &DeliveryKey,
         body: &Body,
-    ) -> Result<Result<(Arc<Connection>, Bytes), &'static str>, BoxError> {
-        let connection = self.connections.get(key).await?;
-        let Some(connection) = connection.filter(|found| found.organization == key.organization) else {
-            return Ok(Err("connection_deleted"));
+    ) -> Result<Result<(Arc<Receiver>, Bytes), DeadReason>, BoxError> {
+        let receiver = self.connections.get(key).await?;
+        let Some(receiver) = receiver.filter(|found| found.connection.organization == key.organization)
+        else {
+            return Ok(Err(DeadReason::ConnectionDeleted));
         };
-        if !connection.enabled {
-            return Ok(Err("connection_disabled"));
+        if !receiver.connection.enabled {
+            return Ok(Err(DeadReason::ConnectionDisabled));
         }
-        if !matches!(connection.target, Target::Webhook(_)) {
-            return Ok(Err("connection_receives_nothing"));
+        if !matches!(receiver.connection.target, Target::Webhook(_)) {
+            return Ok(Err(DeadReason::ConnectionReceivesNothing));
         }
         let body = match body {
             Body::Inline(body) => Some(body.clone()),
             Body::Stored => self.bodies.get(key.event).await?,
         };
-        Ok(body.map(|body| (connection, body)).ok_or("event_expired"))
+        Ok(body.map(|body| (receiver, body)).ok_or(DeadReason::EventExpired))
+    }
+
+    /// Makes one attempt and draws its consequences, for each delivery of the parcel.
+    async fn attempt(&self, receiver: &Receiver, parcel: Parcel<'_>, in_hand: Vec<InHand>) {
+        let at = self.parts.clock.now();
+        let reports = self.parts.webhooks.attempt(&receiver.connection, parcel, at).await;
+        if let Some(report) = reports.first() {
+            histogram!("bus_attempt_duration_seconds").record(report.duration.as_secs_f64());
+        }
+        let settled = parcel.deliveries().iter().zip(reports).zip(in_hand).map(
+            |((delivery, report), InHand { hold, progress, _slot })| async move {
+                let outcome = self.settle(receiver, hold, delivery, progress, &report, at).await;
+                counter!("bus_attempts", "outcome" => outcome.as_str()).increment(1);
+                self.receipts.send(receipt(&delivery.key, progress, outcome, report, at));
+            },
+        );
+        futures::future::join_all(settled).await;
     }
 
     /// Draws the consequence of an attempt.
     async fn settle(
         &self,
+        receiver: &Receiver,
         hold: Hold,
         delivery: &Delivery,
         progress: Progress,
@@ -126,61 +223,113 @@ impl Deliverer {
         at: Timestamp,
     ) -> ReceiptOutcome {
         let key = delivery.key;
-        let failure = match &report.outcome {
+        let followed_by = match &report.outcome {
             Outcome::Delivered => {
                 hold.ack().await;
                 return ReceiptOutcome::Delivered;
             }
-            Outcome::Failed(failure) => failure,
+            Outcome::Deferred { .. } => ReceiptOutcome::Deferred,
+            Outcome::Failed { .. } => ReceiptOutcome::Failed,
         };
-        let next = progress.next(progress.attempts.saturating_add(1));
-        debug!(delivery.id = %key.id, connection.id = %key.connection, attempt = next.attempts, %failure, "Attempt failed");
         if hold.is_lost() {
             warn!(delivery.id = %key.id, "The hold ended before the attempt; whoever has the delivery now decides");
-            return ReceiptOutcome::Failed;
+            return followed_by;
         }
         let last = LastAttempt {
             status: report.status,
             body: Some(report.answer.clone()),
-            error: Some(failure.to_string()),
+            error: explanation(&report.outcome),
             at: Some(at),
             duration: Some(report.duration),
         };
-        match self.retry.after_failure(next.attempts, (self.random)()) {
-            Verdict::Retry(wait) if wait <= self.queue.longest_wait() => {
-                hold.postpone(next, wait).await;
-                ReceiptOutcome::Failed
+        let (attempts, reason) = match self.verdict(receiver, &key, progress, &report.outcome, at) {
+            Verdict::Delivered => {
+                hold.ack().await;
+                return ReceiptOutcome::Delivered;
             }
-            Verdict::Retry(wait) => {
-                let park = Park { key, next, wait, reason: failure.to_string(), last };
-                self.parking.park(park, hold).await;
-                ReceiptOutcome::Failed
+            Verdict::Retry { wait, attempts, reason } => {
+                debug!(delivery.id = %key.id, connection.id = %key.connection, ?wait, reason, "Another attempt");
+                let next = progress.next(attempts);
+                if wait <= self.parts.queue.longest_wait() {
+                    hold.postpone(next, wait).await;
+                } else {
+                    self.parking.park(Park { key, next, wait, reason, last }, hold).await;
+                }
+                return followed_by;
             }
-            Verdict::Dead => {
-                let progress = Progress { attempts: next.attempts, ..progress };
-                let dead = DeadLetter { last, ..DeadLetter::new(key, progress, "attempts_exhausted") };
-                self.give_up(hold, dead, delivery.body.clone()).await;
-                ReceiptOutcome::Dead
+            Verdict::Dead { reason, attempts } => (attempts, reason),
+            Verdict::Gone { attempts } => {
+                self.disable(receiver, &hold).await;
+                (attempts, DeadReason::EndpointGone)
             }
+        };
+        let dead = DeadLetter { last, ..DeadLetter::new(key, Progress { attempts, ..progress }, reason) };
+        self.give_up(hold, dead, delivery.body.clone()).await;
+        ReceiptOutcome::Dead
+    }
+
+    fn verdict(
+        &self,
+        receiver: &Receiver,
+        key: &DeliveryKey,
+        progress: Progress,
+        outcome: &Outcome,
+        at: Timestamp,
+    ) -> Verdict {
+        let own = receiver.rules.get(&key.subscription).and_then(|rules| rules.retry.as_ref());
+        let policy: RetryPolicy = own
+            .map_or_else(|| self.parts.settings.retry.clone(), |own| own.apply(&self.parts.settings.retry));
+        let final_statuses = match &receiver.connection.target {
+            Target::Webhook(webhook) => &webhook.final_statuses[..],
+            Target::Publisher => &[],
+        };
+        let rules: Rules<'_> = self.parts.settings.rules(&policy, final_statuses);
+        // The clock of whoever began the lifetime may be ahead of ours.
+        let age = Duration::try_from(at.duration_since(progress.since)).unwrap_or_default();
+        let standing = Standing { attempts: progress.attempts, age };
+        verdict(outcome, &rules, &standing, (self.parts.random)())
+    }
+
+    /// The endpoint says that it is gone for good (HTTP 410): nothing is matched for its connection any more.
+    /// At a stop it may stay enabled; the delivery's next attempt then finds out again.
+    async fn disable(&self, receiver: &Receiver, hold: &Hold) {
+        let connection = &receiver.connection;
+        let disabled = self.patience.insist(hold, || async {
+            let (organization, id, version) = (connection.organization, connection.id, connection.version);
+            let reason = "the endpoint answered 410 (Gone)";
+            Ok(pg::disable_connection(&self.parts.pool, organization, id, version, reason).await?)
+        });
+        if disabled.await == Some(true) {
+            info!(connection.id = %connection.id, "Connection disabled: its endpoint answered 410");
+            self.parts.hints.connection_changed(connection.id).await;
         }
     }
 
     /// The stream first, then the row, then the acknowledgement: whatever dies in between, the delivery
     /// comes again and the same is done once more.
     async fn give_up(&self, hold: Hold, dead: DeadLetter, body: Bytes) {
-        let key = dead.key;
         let recorded = self.patience.insist(&hold, || async {
-            self.queue.dead_letter(&dead, &body).await?;
-            pg::bury(&self.pool, &dead).await?;
+            self.parts.queue.dead_letter(&dead, &body).await?;
+            pg::bury(&self.parts.pool, &dead).await?;
             Ok(())
         });
         if recorded.await.is_none() {
             return hold.put_back().await;
         }
-        counter!("bus_dead_letters", "reason" => dead.reason).increment(1);
+        let key = dead.key;
+        counter!("bus_dead_letters", "reason" => dead.reason.as_str()).increment(1);
         warn!(delivery.id = %key.id, event.uid = %key.event, connection.id = %key.connection,
-              reason = dead.reason, attempts = dead.progress.attempts, "Delivery given up");
+              reason = %dead.reason, attempts = dead.progress.attempts, "Delivery given up");
         hold.ack().await;
+    }
+}
+
+/// What history and dead letters show of an attempt that did not succeed.
+fn explanation(outcome: &Outcome) -> Option<String> {
+    match outcome {
+        Outcome::Delivered => None,
+        Outcome::Deferred { why, .. } => Some(why.clone()),
+        Outcome::Failed { failure, .. } => Some(failure.to_string()),
     }
 }
 
@@ -188,13 +337,9 @@ fn receipt(
     key: &DeliveryKey,
     progress: Progress,
     outcome: ReceiptOutcome,
-    report: &AttemptReport,
+    report: AttemptReport,
     at: Timestamp,
 ) -> Receipt {
-    let error = match &report.outcome {
-        Outcome::Delivered => None,
-        Outcome::Failed(failure) => Some(failure.to_string()),
-    };
     Receipt {
         delivery: key.id,
         attempt: progress.attempts.saturating_add(1),
@@ -205,7 +350,7 @@ fn receipt(
         connection: key.connection,
         outcome,
         status: report.status,
-        error,
+        error: explanation(&report.outcome),
         at,
         duration_ms: u32::try_from(report.duration.as_millis()).unwrap_or(u32::MAX),
     }

@@ -18,6 +18,9 @@ use crate::delivery::Deliverer;
 /// would wait for the end of its `ack_wait`; so this is also how long a stop takes when idle.
 pub const PULL_WAIT: Duration = Duration::from_secs(2);
 
+/// How long a lane whose slots are all taken lets batches wait for more.
+const FULL: Duration = Duration::from_millis(100);
+
 /// Between two pulls while the queue is away.
 const AGAIN: Duration = Duration::from_millis(500);
 
@@ -63,11 +66,15 @@ impl Lane {
     /// Waits for one free slot and takes all that are free. `None` at the stop.
     async fn permits(&self, slots: &Arc<Semaphore>) -> Option<Vec<OwnedSemaphorePermit>> {
         let first = loop {
-            let slot = tokio::time::timeout(PULL_WAIT, Arc::clone(slots).acquire_owned());
+            let slot = tokio::time::timeout(FULL, Arc::clone(slots).acquire_owned());
             match self.stop.run_until_cancelled(slot).await? {
                 Ok(permit) => break permit.ok()?,
-                // Every slot is taken by a slow endpoint; the loop is alive all the same.
-                Err(_) => self.beat.beat(),
+                // Every slot is taken, by slow endpoints or by batches that wait for what could not be taken
+                // from the queue for want of slots. The loop is alive all the same.
+                Err(_) => {
+                    self.deliverer.flush_batches();
+                    self.beat.beat();
+                }
             }
         };
         let mut permits = vec![first];
@@ -83,10 +90,7 @@ impl Lane {
             let leased = next?;
             let permit = permits.pop().ok_or("the queue handed out more than was asked for")?;
             let deliverer = Arc::clone(&self.deliverer);
-            self.tasks.spawn(async move {
-                deliverer.deliver(leased).await;
-                drop(permit);
-            });
+            self.tasks.spawn(async move { deliverer.deliver(leased, permit).await });
         }
         Ok(())
     }

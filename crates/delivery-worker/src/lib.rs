@@ -9,7 +9,7 @@ mod closed;
 pub mod config;
 mod connections;
 pub mod connector;
-mod delivery;
+pub mod delivery;
 mod hold;
 pub mod lane;
 mod parking;
@@ -26,8 +26,9 @@ use bus_core::{
 };
 
 use crate::{
-    bodies::Bodies, closed::ClosedDeliveries, config::WorkerConfig, connections::Connections,
-    delivery::Deliverer, lane::Lane, parking::Parking, patience::Patience, receipts::Receipts,
+    config::WorkerConfig,
+    delivery::{Deliverer, Parts},
+    lane::Lane,
     webhook::WebhookSink,
 };
 
@@ -39,38 +40,19 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
     let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let settings = &ctx.config.worker;
-
-    let ttl = Duration::from_secs(settings.connection_ttl_s);
-    let connections = Connections::new(pool.clone(), settings.connection_cache, ttl);
-    let following = connections.clone().follow(Arc::clone(&transport.hints));
-    ctx.tasks.spawn(ctx.stop.clone().run_until_cancelled_owned(following));
-
-    let closed = ClosedDeliveries::new(pool.clone(), Duration::from_secs(72 * 3_600));
-    let following = closed.clone().follow(Arc::clone(&transport.hints));
-    ctx.tasks.spawn(ctx.stop.clone().run_until_cancelled_owned(following));
-
-    let patience = Patience::new(ctx.stop.clone());
-    let deliverer = Arc::new(Deliverer {
-        pool: pool.clone(),
+    let deliverer = Arc::new(Deliverer::start(Parts {
+        pool,
         queue: Arc::clone(&transport.queue),
-        connections,
-        bodies: Bodies::new(pool.clone(), settings.body_cache_bytes),
+        hints: Arc::clone(&transport.hints),
         webhooks: Box::new(WebhookSink::new(&ctx.config.sink)?),
-        parking: Parking::start(pool, patience.clone(), &ctx.tasks),
-        patience,
-        closed,
-        receipts: Receipts::start(
-            Arc::clone(&transport.queue),
-            settings.receipt_buffer,
-            &ctx.tasks,
-            ctx.stop.clone(),
-        ),
-        retry: settings.retry.clone(),
-        max_handed_out: 20,
+        settings: settings.clone(),
         lease: Duration::from_millis(ctx.common.nats.ack_wait_ms),
+        longest_gathering: ctx.config.longest_gathering(&ctx.common),
         clock: Arc::clone(&ctx.clock),
         random: rand::random::<f64>,
-    });
+        tasks: ctx.tasks.clone(),
+        stop: ctx.stop.clone(),
+    }));
     let lanes = transport.queue.lanes().await?;
     for number in 0..lanes {
         let lane = Lane {

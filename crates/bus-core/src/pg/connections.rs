@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use jiff_sqlx::ToSqlx as _;
-use sqlx::{PgPool, types::Json};
+use sqlx::{PgConnection, PgPool, types::Json};
 use url::Url;
 use uuid::Uuid;
 
@@ -68,6 +68,7 @@ struct ConnectionRow {
     headers: Json<BTreeMap<String, String>>,
     timeout_ms: i32,
     content_mode: String,
+    final_statuses: Vec<i16>,
     secret: Option<String>,
     previous_secret: Option<String>,
     previous_secret_until: Option<jiff_sqlx::Timestamp>,
@@ -78,7 +79,7 @@ struct ConnectionRow {
 macro_rules! columns {
     () => {
         "id, organization_id, name, kind, version, enabled, disabled_reason, url, headers, timeout_ms, \
-         content_mode, secret, previous_secret, previous_secret_until, created_at, updated_at"
+         content_mode, final_statuses, secret, previous_secret, previous_secret_until, created_at, updated_at"
     };
 }
 
@@ -111,6 +112,11 @@ impl TryFrom<ConnectionRow> for Connection {
                         "binary" => ContentMode::Binary,
                         _ => return Err(unfit("content_mode")),
                     },
+                    final_statuses: row
+                        .final_statuses
+                        .iter()
+                        .map(|status| u16::try_from(*status).map_err(|_| unfit("final_statuses")))
+                        .collect::<Result<_, _>>()?,
                     secret: secret(row.secret.as_deref().unwrap_or_default(), "secret")?,
                     previous_secret: match (&row.previous_secret, row.previous_secret_until) {
                         (Some(text), Some(until)) => {
@@ -143,6 +149,7 @@ struct TargetColumns {
     headers: Json<BTreeMap<String, String>>,
     timeout_ms: i32,
     content_mode: &'static str,
+    final_statuses: Vec<i16>,
     secret: Option<String>,
     previous_secret: Option<String>,
     previous_secret_until: Option<jiff_sqlx::Timestamp>,
@@ -156,6 +163,7 @@ impl From<&Target> for TargetColumns {
             headers: Json(BTreeMap::new()),
             timeout_ms: 15_000,
             content_mode: "structured",
+            final_statuses: Vec::new(),
             secret: None,
             previous_secret: None,
             previous_secret_until: None,
@@ -171,6 +179,9 @@ impl From<&Target> for TargetColumns {
                 ContentMode::Structured => "structured",
                 ContentMode::Binary => "binary",
             };
+            let statuses = webhook.final_statuses.iter();
+            columns.final_statuses =
+                statuses.map(|status| i16::try_from(*status).unwrap_or(i16::MAX)).collect();
             columns.secret = Some(webhook.secret.expose());
             columns.previous_secret = previous.map(|(secret, _)| secret.expose());
             columns.previous_secret_until = previous.map(|(_, until)| until.to_sqlx());
@@ -186,8 +197,8 @@ pub async fn create_connection(pool: &PgPool, new: NewConnection) -> Result<Crea
     lock_organization(&mut transaction, new.organization).await?;
     let row: Option<ConnectionRow> = sqlx::query_as(concat!(
         "INSERT INTO connections (id, organization_id, name, kind, enabled, url, headers, timeout_ms,
-                content_mode, secret)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
+                content_mode, final_statuses, secret)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
          ON CONFLICT (organization_id, name) WHERE deleted_at IS NULL DO NOTHING
          RETURNING ",
         columns!()
@@ -201,6 +212,7 @@ pub async fn create_connection(pool: &PgPool, new: NewConnection) -> Result<Crea
     .bind(target.headers)
     .bind(target.timeout_ms)
     .bind(target.content_mode)
+    .bind(target.final_statuses)
     .bind(target.secret)
     .fetch_optional(&mut *transaction)
     .await
@@ -289,8 +301,8 @@ pub async fn change_connection<E>(
     let written: Result<ConnectionRow, StoreError> = sqlx::query_as(concat!(
         "UPDATE connections
             SET name = $3, kind = $4, enabled = $5, disabled_reason = $6, url = $7, headers = $8,
-                timeout_ms = $9, content_mode = $10, secret = $11, previous_secret = $12,
-                previous_secret_until = $13, version = version + 1, updated_at = now()
+                timeout_ms = $9, content_mode = $10, final_statuses = $11, secret = $12,
+                previous_secret = $13, previous_secret_until = $14, version = version + 1, updated_at = now()
           WHERE id = $1 AND organization_id = $2
           RETURNING ",
         columns!()
@@ -305,6 +317,7 @@ pub async fn change_connection<E>(
     .bind(target.headers)
     .bind(target.timeout_ms)
     .bind(target.content_mode)
+    .bind(target.final_statuses)
     .bind(target.secret)
     .bind(target.previous_secret)
     .bind(target.previous_secret_until)
@@ -320,6 +333,20 @@ pub async fn change_connection<E>(
     bump_organization(&mut transaction, organization).await?;
     transaction.commit().await.during("commit a changed connection")?;
     Ok(ChangeConnection::Stored(Box::new(row.try_into()?)))
+}
+
+/// Counts a change of what workers keep with a connection. Belongs in the change's own transaction, whose
+/// caller holds the organization's lock.
+pub(super) async fn bump_connection(
+    transaction: &mut PgConnection,
+    id: ConnectionId,
+) -> Result<(), StoreError> {
+    sqlx::query("UPDATE connections SET version = version + 1 WHERE id = $1")
+        .bind(id.0)
+        .execute(transaction)
+        .await
+        .during("count a change of a connection")?;
+    Ok(())
 }
 
 /// Deletes a connection with its subscriptions, and revokes the keys that are bound to it. The rows

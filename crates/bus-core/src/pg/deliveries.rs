@@ -16,6 +16,7 @@ use crate::{
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId},
     lifecycle::State,
     queue::{Body, MAX_INLINE},
+    retry::DeadReason,
 };
 
 /// What came of the last attempt, if there was one.
@@ -66,15 +67,15 @@ pub struct DeadLetter {
     pub key: DeliveryKey,
     /// How far it came, the last attempt included.
     pub progress: Progress,
-    /// Why it is given up: a short stable word.
-    pub reason: &'static str,
+    /// Why it is given up.
+    pub reason: DeadReason,
     /// What was tried last.
     pub last: LastAttempt,
 }
 
 impl DeadLetter {
     /// A delivery given up without a last attempt.
-    pub fn new(key: DeliveryKey, progress: Progress, reason: &'static str) -> Self {
+    pub fn new(key: DeliveryKey, progress: Progress, reason: DeadReason) -> Self {
         Self { key, progress, reason, last: LastAttempt::default() }
     }
 }
@@ -244,7 +245,7 @@ pub async fn bury(pool: &PgPool, dead: &DeadLetter) -> Result<(), StoreError> {
     .bind(i32::try_from(dead.progress.attempts).unwrap_or(i32::MAX))
     .bind(dead.progress.turn)
     .bind(jiff_sqlx::Timestamp::from(dead.progress.since))
-    .bind(dead.reason)
+    .bind(dead.reason.as_str())
     .bind(dead.last.status.map(i32::from))
     .bind(dead.last.body.as_deref())
     .bind(dead.last.error.as_deref())

@@ -12,6 +12,7 @@ mod organizations;
 mod outbox;
 mod partitions;
 mod publish;
+mod receivers;
 mod snapshot;
 mod subscriptions;
 
@@ -25,7 +26,7 @@ use sqlx::{
 
 pub use self::{
     connections::*, deliveries::*, events::*, history::*, keys::*, organizations::*, outbox::*,
-    partitions::*, publish::*, snapshot::*, subscriptions::*,
+    partitions::*, publish::*, receivers::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
 

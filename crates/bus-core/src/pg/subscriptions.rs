@@ -1,24 +1,27 @@
 //! Subscriptions. Every change counts up the organization's version in its own transaction, so that
 //! an event which is published after the change returned is matched against it (invariant I2).
 
+mod row;
 mod sync;
 
 use std::collections::BTreeSet;
 
-use sha2::{Digest as _, Sha256};
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool, types::Json};
 use uuid::Uuid;
 
+pub(super) use self::row::RulesColumns;
+use self::row::{Identity, SubscriptionRow, columns, filter_hash};
 pub use self::sync::*;
 use super::{
     During as _, PageRequest, Paged, StoreError,
+    connections::bump_connection,
     organizations::{bump_organization, lock_organization},
 };
 use crate::{
     filter::PayloadFilter,
     ids::{ConnectionId, OrganizationId, SubscriptionId},
     pattern::TypePattern,
-    subscription::Subscription,
+    subscription::{Subscription, SubscriptionRules},
 };
 
 /// The most subscriptions of one organization. Every publisher holds an organization's subscriptions
@@ -38,6 +41,8 @@ pub struct Wanted {
     pub publisher: Option<ConnectionId>,
     /// Which payloads, if not all.
     pub filter: Option<PayloadFilter>,
+    /// How deliveries are made.
+    pub rules: SubscriptionRules,
     /// Whether it matches at all.
     pub enabled: bool,
 }
@@ -92,73 +97,6 @@ pub struct SubscriptionQuery {
     pub event_type: Option<String>,
 }
 
-/// What makes a subscription of a connection unique: pattern, publisher, filter.
-type Identity = (String, Option<Uuid>, Option<String>);
-
-#[derive(sqlx::FromRow)]
-struct SubscriptionRow {
-    id: Uuid,
-    organization_id: Uuid,
-    connection_id: Uuid,
-    event_type: String,
-    publisher: Option<Uuid>,
-    filter: Option<String>,
-    enabled: bool,
-    created_at: jiff_sqlx::Timestamp,
-    updated_at: jiff_sqlx::Timestamp,
-}
-
-impl TryFrom<SubscriptionRow> for Subscription {
-    type Error = StoreError;
-
-    fn try_from(row: SubscriptionRow) -> Result<Self, StoreError> {
-        let unfit = |problem: String| StoreError::Inconsistent {
-            table: "subscriptions",
-            id: row.id.to_string(),
-            problem,
-        };
-        Ok(Self {
-            id: SubscriptionId(row.id),
-            organization: OrganizationId(row.organization_id),
-            connection: ConnectionId(row.connection_id),
-            event_type: TypePattern::parse(&row.event_type)
-                .map_err(|error| unfit(format!("event_type: {error}")))?,
-            publisher: row.publisher.map(ConnectionId),
-            filter: row
-                .filter
-                .as_deref()
-                .map(PayloadFilter::parse)
-                .transpose()
-                .map_err(|error| unfit(format!("filter: {error}")))?,
-            enabled: row.enabled,
-            created_at: row.created_at.to_jiff(),
-            updated_at: row.updated_at.to_jiff(),
-        })
-    }
-}
-
-macro_rules! columns {
-    () => {
-        "id, organization_id, connection_id, event_type, publisher, filter, enabled, created_at, updated_at"
-    };
-}
-use columns;
-
-impl Wanted {
-    fn identity(&self) -> Identity {
-        (
-            self.event_type.as_str().to_owned(),
-            self.publisher.map(|id| id.0),
-            self.filter.as_ref().map(ToString::to_string),
-        )
-    }
-
-    fn filter_bytes(&self) -> i32 {
-        let bytes = self.filter.as_ref().map_or(0, PayloadFilter::memory_bytes);
-        i32::try_from(bytes).unwrap_or(i32::MAX)
-    }
-}
-
 /// Checks that the connection can receive and that the publishers exist, within the organization. The
 /// caller holds the organization's lock, so both stay true until its commit.
 async fn check_connections(
@@ -194,11 +132,6 @@ async fn check_connections(
     .during("find the publishers of subscriptions")?;
     let unknown = publishers.into_iter().find(|id| !known.contains(id));
     Ok(unknown.map(|id| SubscriptionRefused::NoSuchPublisher(ConnectionId(id))))
-}
-
-/// What the unique index has in a filter's place.
-fn filter_hash(filter: Option<&str>) -> Option<Vec<u8>> {
-    filter.map(|filter| Sha256::digest(filter).to_vec())
 }
 
 /// Whether the organization has more than it may have, in the transaction that added something. The
@@ -242,8 +175,8 @@ pub async fn create_subscription(
     let (event_type, publisher, filter) = wanted.identity();
     let row: Option<SubscriptionRow> = sqlx::query_as(concat!(
         "INSERT INTO subscriptions (id, organization_id, connection_id, event_type, publisher, filter, filter_hash,
-                                    filter_bytes, enabled)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+                                    filter_bytes, retry_policy, batch, enabled)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
          ON CONFLICT (connection_id, event_type, publisher, filter_hash) WHERE deleted_at IS NULL DO NOTHING
          RETURNING ",
         columns!()
@@ -256,6 +189,8 @@ pub async fn create_subscription(
     .bind(&filter)
     .bind(filter_hash(filter.as_deref()))
     .bind(wanted.filter_bytes())
+    .bind(wanted.rules.retry.as_ref().map(Json))
+    .bind(wanted.rules.batch.map(Json))
     .bind(wanted.enabled)
     .fetch_optional(&mut *transaction)
     .await
@@ -279,6 +214,9 @@ pub async fn create_subscription(
     };
     if let Some(refused) = exceeded(&mut transaction, organization).await? {
         return Ok(CreateSubscription::Refused(refused));
+    }
+    if wanted.rules != SubscriptionRules::default() {
+        bump_connection(&mut transaction, connection).await?;
     }
     bump_organization(&mut transaction, organization).await?;
     transaction.commit().await.during("commit a new subscription")?;
@@ -365,6 +303,7 @@ pub async fn change_subscription<E>(
         event_type: found.event_type.clone(),
         publisher: found.publisher,
         filter: found.filter.clone(),
+        rules: found.rules.clone(),
         enabled: found.enabled,
     };
     let identity = before.identity();
@@ -373,7 +312,9 @@ pub async fn change_subscription<E>(
         Err(rejected) => return Ok(ChangeSubscription::Rejected(rejected)),
     };
     let (event_type, publisher, filter) = after.identity();
+    let new_rules = after.rules != found.rules;
     if after.enabled == found.enabled
+        && !new_rules
         && (&event_type, &publisher, &filter) == (&identity.0, &identity.1, &identity.2)
     {
         return Ok(ChangeSubscription::Stored(found));
@@ -388,7 +329,7 @@ pub async fn change_subscription<E>(
     let written: Result<SubscriptionRow, StoreError> = sqlx::query_as(concat!(
         "UPDATE subscriptions
             SET event_type = $2, publisher = $3, filter = $4, filter_hash = $5, filter_bytes = $6,
-                enabled = $7, updated_at = now()
+                retry_policy = $7, batch = $8, enabled = $9, updated_at = now()
           WHERE id = $1
           RETURNING ",
         columns!()
@@ -399,6 +340,8 @@ pub async fn change_subscription<E>(
     .bind(&filter)
     .bind(filter_hash(filter.as_deref()))
     .bind(after.filter_bytes())
+    .bind(after.rules.retry.as_ref().map(Json))
+    .bind(after.rules.batch.map(Json))
     .bind(after.enabled)
     .fetch_one(&mut *transaction)
     .await
@@ -413,6 +356,9 @@ pub async fn change_subscription<E>(
         && let Some(refused) = exceeded(&mut transaction, organization).await?
     {
         return Ok(ChangeSubscription::Refused(refused));
+    }
+    if new_rules {
+        bump_connection(&mut transaction, found.connection).await?;
     }
     bump_organization(&mut transaction, organization).await?;
     transaction.commit().await.during("commit a changed subscription")?;

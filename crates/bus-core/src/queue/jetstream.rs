@@ -195,7 +195,7 @@ impl DeliveryQueue for JetStreamQueue {
         headers.insert(SUBSCRIPTION, key.subscription.to_string());
         headers.insert(ATTEMPTS, letter.progress.attempts.to_string());
         headers.insert("Bus-Delivery", key.id.to_string());
-        headers.insert("Bus-Reason", letter.reason);
+        headers.insert("Bus-Reason", letter.reason.as_str());
         if let Some(status) = letter.last.status {
             headers.insert("Bus-Last-Status", status.to_string());
         }

@@ -7,6 +7,7 @@ use bus_core::{
     lifecycle::State,
     pg::{self, Closed, DeadLetter, LastAttempt, Park},
     queue::Body,
+    retry::DeadReason,
 };
 use bytes::Bytes;
 
@@ -145,7 +146,7 @@ pub(crate) async fn late_result_overwrites(kind: Kind) {
         let reason = "the endpoint answered 500".to_owned();
         let park = Park { key, next, wait: WAIT, reason, last: LastAttempt::default() };
         pg::park(&fixture.pool, &[park]).await.unwrap();
-        pg::bury(&fixture.pool, &DeadLetter::new(key, next, "attempts_exhausted")).await.unwrap();
+        pg::bury(&fixture.pool, &DeadLetter::new(key, next, DeadReason::AttemptsExhausted)).await.unwrap();
         let standing = pg::standing(&fixture.pool, key.id).await.unwrap();
         assert_eq!(standing, Some((State::from(closed), 0)));
         held.lease.postpone(next, Duration::from_millis(10)).await.unwrap();

@@ -39,6 +39,7 @@ fn webhook(url: &str) -> Webhook {
         headers: BTreeMap::new(),
         timeout: PATIENT,
         content_mode: ContentMode::Structured,
+        final_statuses: Vec::new(),
         secret: SigningSecret::parse(SECRET).unwrap(),
         previous_secret: None,
     }

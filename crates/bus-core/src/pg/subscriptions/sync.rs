@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool, types::Json};
 use uuid::Uuid;
 
 use super::{
@@ -12,9 +12,11 @@ use crate::{
     ids::{ConnectionId, OrganizationId, SubscriptionId},
     pg::{
         During as _, StoreError,
+        connections::bump_connection,
         organizations::{bump_organization, lock_organization},
     },
-    subscription::Subscription,
+    retry::RetryOverride,
+    subscription::{BatchPolicy, Subscription, SubscriptionRules},
 };
 
 /// What [`sync_subscriptions`] did.
@@ -31,7 +33,7 @@ pub enum SyncSubscriptions {
 pub struct Synced {
     /// How many were added.
     pub created: usize,
-    /// How many were enabled or disabled.
+    /// How many were enabled or disabled, or got other rules.
     pub updated: usize,
     /// How many were removed.
     pub deleted: usize,
@@ -56,30 +58,37 @@ pub async fn sync_subscriptions(
         return Ok(SyncSubscriptions::Refused(refused));
     }
     let before = of_connection(&mut transaction, connection).await?;
-    let mut present: HashMap<Identity, (Uuid, bool)> = before
-        .into_iter()
-        .map(|row| ((row.event_type, row.publisher, row.filter), (row.id, row.enabled)))
-        .collect();
+    let mut present: HashMap<Identity, Present> = before.into_iter().map(Present::identified).collect();
     let mut synced = Synced { created: 0, updated: 0, deleted: 0, unchanged: 0, items: Vec::new() };
-    let mut new = NewRows::default();
-    let (mut enable, mut disable) = (Vec::new(), Vec::new());
+    let (mut new, mut changed) = (NewRows::default(), Rows::default());
+    let mut new_rules = false;
     for (id, wanted) in wanted {
         let identity = wanted.identity();
         match present.remove(&identity) {
-            None => new.push(*id, identity, wanted),
-            Some((_, enabled)) if enabled == wanted.enabled => synced.unchanged += 1,
-            Some((id, _)) => if wanted.enabled { &mut enable } else { &mut disable }.push(id),
+            None => {
+                new_rules |= wanted.rules != SubscriptionRules::default();
+                new.push(*id, identity, wanted);
+            }
+            Some(same) if same.enabled == wanted.enabled && same.rules == wanted.rules => {
+                synced.unchanged += 1;
+            }
+            Some(other) => {
+                new_rules |= other.rules != wanted.rules;
+                changed.push(other.id, wanted);
+            }
         }
     }
-    let gone: Vec<Uuid> = present.into_values().map(|(id, _)| id).collect();
-    (synced.created, synced.updated, synced.deleted) =
-        (new.ids.len(), enable.len() + disable.len(), gone.len());
+    let gone: Vec<Uuid> = present.into_values().map(|present| present.id).collect();
+    (synced.created, synced.updated, synced.deleted) = (new.rest.ids.len(), changed.ids.len(), gone.len());
     if synced.created + synced.updated + synced.deleted > 0 {
-        write_sync(&mut transaction, organization, connection, new, &enable, &disable, &gone).await?;
+        write_sync(&mut transaction, organization, connection, new, changed, &gone).await?;
         if synced.created > 0
             && let Some(refused) = exceeded(&mut transaction, organization).await?
         {
             return Ok(SyncSubscriptions::Refused(refused));
+        }
+        if new_rules {
+            bump_connection(&mut transaction, connection).await?;
         }
         bump_organization(&mut transaction, organization).await?;
     }
@@ -92,27 +101,57 @@ pub async fn sync_subscriptions(
     Ok(SyncSubscriptions::Synced(synced))
 }
 
-/// The columns of the subscriptions that a sync adds.
+/// A subscription that the connection has.
+struct Present {
+    id: Uuid,
+    enabled: bool,
+    rules: SubscriptionRules,
+}
+
+impl Present {
+    fn identified(row: SubscriptionRow) -> (Identity, Self) {
+        let identity = (row.event_type, row.publisher, row.filter);
+        (identity, Self { id: row.id, enabled: row.enabled, rules: row.rules.into() })
+    }
+}
+
+/// What a sync writes of each subscription, those that are there included.
+#[derive(Default)]
+struct Rows {
+    ids: Vec<Uuid>,
+    retry_policies: Vec<Option<Json<RetryOverride>>>,
+    batches: Vec<Option<Json<BatchPolicy>>>,
+    enabled: Vec<bool>,
+}
+
+impl Rows {
+    fn push(&mut self, id: Uuid, wanted: &Wanted) {
+        self.ids.push(id);
+        self.retry_policies.push(wanted.rules.retry.clone().map(Json));
+        self.batches.push(wanted.rules.batch.map(Json));
+        self.enabled.push(wanted.enabled);
+    }
+}
+
+/// What it writes of those that it adds.
 #[derive(Default)]
 struct NewRows {
-    ids: Vec<Uuid>,
+    rest: Rows,
     event_types: Vec<String>,
     publishers: Vec<Option<Uuid>>,
     filters: Vec<Option<String>>,
     filter_hashes: Vec<Option<Vec<u8>>>,
     filter_bytes: Vec<i32>,
-    enabled: Vec<bool>,
 }
 
 impl NewRows {
     fn push(&mut self, id: SubscriptionId, (event_type, publisher, filter): Identity, wanted: &Wanted) {
-        self.ids.push(id.0);
+        self.rest.push(id.0, wanted);
         self.event_types.push(event_type);
         self.publishers.push(publisher);
         self.filter_hashes.push(filter_hash(filter.as_deref()));
         self.filters.push(filter);
         self.filter_bytes.push(wanted.filter_bytes());
-        self.enabled.push(wanted.enabled);
     }
 }
 
@@ -136,17 +175,20 @@ async fn write_sync(
     organization: OrganizationId,
     connection: ConnectionId,
     new: NewRows,
-    enable: &[Uuid],
-    disable: &[Uuid],
+    changed: Rows,
     gone: &[Uuid],
 ) -> Result<(), StoreError> {
     sqlx::query(
-        "UPDATE subscriptions
-            SET enabled = (id = ANY ($1)), updated_at = now()
-          WHERE id = ANY ($1) OR id = ANY ($2)",
+        "UPDATE subscriptions AS s
+            SET retry_policy = new.retry_policy, batch = new.batch, enabled = new.enabled, updated_at = now()
+           FROM unnest($1::uuid[], $2::jsonb[], $3::jsonb[], $4::boolean[])
+             AS new (id, retry_policy, batch, enabled)
+          WHERE s.id = new.id",
     )
-    .bind(enable)
-    .bind(disable)
+    .bind(changed.ids)
+    .bind(changed.retry_policies)
+    .bind(changed.batches)
+    .bind(changed.enabled)
     .execute(&mut *transaction)
     .await
     .during("update synced subscriptions")?;
@@ -156,21 +198,24 @@ async fn write_sync(
         .await
         .during("delete synced subscriptions")?;
     sqlx::query(
-        "INSERT INTO subscriptions (id, organization_id, connection_id, event_type, publisher, filter, filter_hash,
-                                    filter_bytes, enabled)
-         SELECT id, $1, $2, event_type, publisher, filter, filter_hash, filter_bytes, enabled
-           FROM unnest($3::uuid[], $4::text[], $5::uuid[], $6::text[], $7::bytea[], $8::integer[], $9::boolean[])
-             AS new (id, event_type, publisher, filter, filter_hash, filter_bytes, enabled)",
+        "INSERT INTO subscriptions (id, organization_id, connection_id, retry_policy, batch, enabled, event_type,
+                                    publisher, filter, filter_hash, filter_bytes)
+         SELECT id, $1, $2, retry_policy, batch, enabled, event_type, publisher, filter, filter_hash, filter_bytes
+           FROM unnest($3::uuid[], $4::jsonb[], $5::jsonb[], $6::boolean[], $7::text[], $8::uuid[], $9::text[],
+                       $10::bytea[], $11::integer[])
+             AS new (id, retry_policy, batch, enabled, event_type, publisher, filter, filter_hash, filter_bytes)",
     )
     .bind(organization.0)
     .bind(connection.0)
-    .bind(new.ids)
+    .bind(new.rest.ids)
+    .bind(new.rest.retry_policies)
+    .bind(new.rest.batches)
+    .bind(new.rest.enabled)
     .bind(new.event_types)
     .bind(new.publishers)
     .bind(new.filters)
     .bind(new.filter_hashes)
     .bind(new.filter_bytes)
-    .bind(new.enabled)
     .execute(transaction)
     .await
     .during("create synced subscriptions")?;
