@@ -12,7 +12,7 @@ use bus_core::{
     ids::ConnectionId,
     pg::{self, ChangeConnection, CreateConnection, NewConnection},
     signature::SigningSecret,
-    webhook_rules::{self, HeadersRefused, MAX_TIMEOUT, MIN_TIMEOUT},
+    webhook_rules::{self, FinalStatusesRefused, HeadersRefused, MAX_TIMEOUT, MIN_TIMEOUT},
 };
 use http::StatusCode;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -59,6 +59,10 @@ pub(super) struct NewConnectionBody {
     timeout_ms: Option<u64>,
     /// `structured` if absent.
     content_mode: Option<ContentModeName>,
+    /// Answers of a webhook with one of these HTTP statuses are final: such a delivery is not tried again.
+    /// Distinct; none if absent.
+    #[schema(max_items = 50)]
+    final_statuses: Option<Vec<u16>>,
     /// Signs every request (Standard Webhooks): `whsec_` and the Base64 of 24 to 64 bytes. Generated if
     /// absent.
     #[schema(value_type = Option<String>, write_only)]
@@ -75,6 +79,7 @@ impl NewConnectionBody {
                 ("/headers", self.headers.is_some()),
                 ("/timeoutMs", self.timeout_ms.is_some()),
                 ("/contentMode", self.content_mode.is_some()),
+                ("/finalStatuses", self.final_statuses.is_some()),
                 ("/secret", self.secret.is_some()),
             ];
             errors.extend(given.into_iter().filter(|(_, given)| *given).map(|(at, _)| receives_nothing(at)));
@@ -86,15 +91,18 @@ impl NewConnectionBody {
         };
         let headers = read_headers(self.headers.unwrap_or_default());
         let timeout = self.timeout_ms.map_or(Ok(DEFAULT_TIMEOUT), read_timeout);
+        let final_statuses = read_final_statuses(self.final_statuses.unwrap_or_default());
         let secret = self.secret.map_or_else(|| Ok(generate_secret()), |text| read_secret(&text));
         // All of them before the first `?`: the client learns of every mistake at once.
         let (url, headers) = (keep(url, errors), keep(headers, errors));
-        let (timeout, secret) = (keep(timeout, errors), keep(secret, errors));
+        let (timeout, final_statuses) = (keep(timeout, errors), keep(final_statuses, errors));
+        let secret = keep(secret, errors);
         Some(Target::Webhook(Box::new(Webhook {
             url: url?,
             headers: headers?,
             timeout: timeout?,
             content_mode: self.content_mode.map_or_else(ContentMode::default, Into::into),
+            final_statuses: final_statuses?,
             secret: secret?,
             previous_secret: None,
         })))
@@ -149,6 +157,21 @@ fn read_timeout(milliseconds: u64) -> Result<Duration, FieldError> {
     }
     let (least, most) = (MIN_TIMEOUT.as_millis(), MAX_TIMEOUT.as_millis());
     Err(FieldError::at("/timeoutMs", format!("timeoutMs must be from {least} to {most}")))
+}
+
+/// Their order says nothing; in ascending order the same ones are equal.
+fn read_final_statuses(mut statuses: Vec<u16>) -> Result<Vec<u16>, FieldError> {
+    webhook_rules::check_final_statuses(&statuses).map_err(|refused| {
+        let pointer = match refused {
+            FinalStatusesRefused::OutOfRange(index) | FinalStatusesRefused::Repeated(index) => {
+                format!("/finalStatuses/{index}")
+            }
+            _ => "/finalStatuses".to_owned(),
+        };
+        FieldError::at(pointer, refused.to_string())
+    })?;
+    statuses.sort_unstable();
+    Ok(statuses)
 }
 
 fn read_secret(text: &SecretString) -> Result<SigningSecret, FieldError> {

@@ -1,5 +1,7 @@
 //! Subscriptions: what a connection receives.
 
+mod rules;
+
 use axum::{
     Json as Answer,
     extract::State,
@@ -13,13 +15,14 @@ use bus_core::{
         self, ChangeSubscription, CreateSubscription, MAX_FILTER_BYTES, MAX_SUBSCRIPTIONS, SubscriptionQuery,
         SubscriptionRefused, Wanted,
     },
-    subscription::Subscription,
+    subscription::{Subscription, SubscriptionRules},
 };
 use http::StatusCode;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use self::rules::{BatchBody, BatchPatch, RetryPolicyBody, RetryPolicyPatch, mistakes};
 use super::{
     Api,
     auth::{Authorized, Look, Manage},
@@ -47,6 +50,10 @@ pub(super) struct SubscriptionView {
     publisher: Option<ConnectionId>,
     /// Only events of whose payload this JSONPath (RFC 9535) selects something.
     filter: Option<String>,
+    /// `null` for the bus's own retry policy.
+    retry_policy: Option<RetryPolicyBody>,
+    /// `null` for one event per request.
+    batch: Option<BatchBody>,
     enabled: bool,
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
@@ -62,6 +69,8 @@ impl From<Subscription> for SubscriptionView {
             event_type: subscription.event_type.to_string(),
             publisher: subscription.publisher,
             filter: subscription.filter.map(|filter| filter.to_string()),
+            retry_policy: subscription.rules.retry.map(Into::into),
+            batch: subscription.rules.batch.map(Into::into),
             enabled: subscription.enabled,
             created_at: subscription.created_at,
             updated_at: subscription.updated_at,
@@ -84,6 +93,31 @@ pub(super) struct NewSubscription {
     /// Only events of whose payload this JSONPath (RFC 9535) selects something.
     #[schema(min_length = 1, max_length = 1024, example = "$[?@.total > 100]")]
     filter: Option<String>,
+    /// The bus's own retry policy if absent.
+    retry_policy: Option<RetryPolicyBody>,
+    /// Several events per request; one if absent.
+    batch: Option<BatchBody>,
+    /// True if absent.
+    enabled: Option<bool>,
+}
+
+/// A subscription without its connection.
+#[derive(Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct WantedSubscription {
+    /// Which types: exact, or tokens with `*` (one token) and a final `>` (the rest).
+    #[schema(min_length = 1, max_length = 255)]
+    pub(super) event_type: String,
+    /// Only events of this connection.
+    #[schema(value_type = Option<Uuid>)]
+    pub(super) publisher: Option<ConnectionId>,
+    /// Only events of whose payload this JSONPath (RFC 9535) selects something.
+    #[schema(min_length = 1, max_length = 1024)]
+    pub(super) filter: Option<String>,
+    /// The bus's own retry policy if absent.
+    retry_policy: Option<RetryPolicyBody>,
+    /// Several events per request; one if absent.
+    batch: Option<BatchBody>,
     /// True if absent.
     enabled: Option<bool>,
 }
@@ -104,27 +138,46 @@ pub(super) struct SubscriptionPatch {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<String>, min_length = 1, max_length = 1024)]
     filter: Option<Option<String>>,
+    /// `null` for the bus's own retry policy. Each of its members is set, or removed by `null`; those that
+    /// are absent stay.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<RetryPolicyBody>)]
+    retry_policy: Option<Option<RetryPolicyPatch>>,
+    /// `null` for one event per request. Those of its members that are absent stay.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<BatchPatch>)]
+    batch: Option<Option<BatchPatch>>,
     /// `null` for true.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<bool>)]
     enabled: Option<Option<bool>>,
 }
 
-/// Reads what a subscription wants; `pointer` leads to the object that says it.
-pub(super) fn read_wanted(
-    pointer: &str,
-    event_type: &str,
-    publisher: Option<ConnectionId>,
-    filter: Option<&str>,
-    enabled: Option<bool>,
-) -> Result<Wanted, Vec<FieldError>> {
-    let event_type = read_event_type(pointer, event_type);
-    let filter = filter.map(|filter| read_filter(pointer, filter)).transpose();
-    match (event_type, filter) {
-        (Ok(event_type), Ok(filter)) => {
-            Ok(Wanted { event_type, publisher, filter, enabled: enabled.unwrap_or(true) })
+impl NewSubscription {
+    fn split(self) -> (ConnectionId, WantedSubscription) {
+        let Self { connection_id, event_type, publisher, filter, retry_policy, batch, enabled } = self;
+        (connection_id, WantedSubscription { event_type, publisher, filter, retry_policy, batch, enabled })
+    }
+}
+
+impl WantedSubscription {
+    /// Reads what it wants; `pointer` leads to the object that says it.
+    pub(super) fn read(self, pointer: &str) -> Result<Wanted, Vec<FieldError>> {
+        let event_type = read_event_type(pointer, &self.event_type);
+        let filter = self.filter.map(|filter| read_filter(pointer, &filter)).transpose();
+        let rules =
+            SubscriptionRules { retry: self.retry_policy.map(Into::into), batch: self.batch.map(Into::into) };
+        let mut errors = mistakes(pointer, &rules);
+        match (event_type, filter) {
+            (Ok(event_type), Ok(filter)) if errors.is_empty() => {
+                let enabled = self.enabled.unwrap_or(true);
+                Ok(Wanted { event_type, publisher: self.publisher, filter, rules, enabled })
+            }
+            (event_type, filter) => {
+                errors.splice(0..0, event_type.err().into_iter().chain(filter.err()));
+                Err(errors)
+            }
         }
-        (event_type, filter) => Err(event_type.err().into_iter().chain(filter.err()).collect()),
     }
 }
 
@@ -190,16 +243,19 @@ pub(super) async fn create(
     Authorized(principal, _): Authorized<Manage>,
     Json(new): Json<NewSubscription>,
 ) -> Result<Response, Problem> {
-    let wanted = read_wanted("", &new.event_type, new.publisher, new.filter.as_deref(), new.enabled)
-        .map_err(Problem::invalid)?;
+    let (connection, wanted) = new.split();
+    let wanted = wanted.read("").map_err(Problem::invalid)?;
     let refused = |why| refused(why, "/connectionId", "/publisher");
-    if !principal.sees(new.connection_id) {
+    if !principal.sees(connection) {
         return Err(refused(SubscriptionRefused::NoSuchConnection));
     }
     let id = SubscriptionId(api.ids.next());
     let organization = principal.organization;
-    match pg::create_subscription(&api.pool, organization, id, new.connection_id, &wanted).await? {
+    match pg::create_subscription(&api.pool, organization, id, connection, &wanted).await? {
         CreateSubscription::Created(subscription) => {
+            if wanted.rules != SubscriptionRules::default() {
+                api.hints.connection_changed(connection).await;
+            }
             Ok(created(&format!("/v1/subscriptions/{id}"), Answer(SubscriptionView::from(subscription))))
         }
         CreateSubscription::Existing(subscription) => {
@@ -298,9 +354,15 @@ pub(super) async fn change(
     MergePatch(patch): MergePatch<SubscriptionPatch>,
 ) -> Result<Answer<SubscriptionView>, Problem> {
     let (organization, only) = (principal.organization, principal.restricted_to());
+    let says_rules = patch.retry_policy.is_some() || patch.batch.is_some();
     let apply = |wanted: Wanted| patch.apply(wanted);
     match pg::change_subscription(&api.pool, organization, only, id, apply).await? {
-        ChangeSubscription::Stored(subscription) => Ok(Answer(subscription.into())),
+        ChangeSubscription::Stored(subscription) => {
+            if says_rules {
+                api.hints.connection_changed(subscription.connection).await;
+            }
+            Ok(Answer(subscription.into()))
+        }
         ChangeSubscription::NotFound => Err(Problem::not_found()),
         ChangeSubscription::Identical => Err(Problem::new(
             ProblemType::SubscriptionExists,
@@ -331,6 +393,17 @@ impl SubscriptionPatch {
                 Err(error) => errors.push(error),
             }
         }
+        if let Some(retry) = self.retry_policy {
+            let before = wanted.rules.retry.take().unwrap_or_default();
+            wanted.rules.retry = retry.map(|patch| patch.apply(before));
+        }
+        if let Some(batch) = self.batch {
+            match batch.map(|patch| patch.apply(wanted.rules.batch)).transpose() {
+                Ok(batch) => wanted.rules.batch = batch,
+                Err(error) => errors.push(error),
+            }
+        }
+        errors.extend(mistakes("", &wanted.rules));
         if let Some(enabled) = self.enabled {
             wanted.enabled = enabled.unwrap_or(true);
         }

@@ -16,7 +16,7 @@ use super::{
     extract::{Id, Json},
     openapi::SyncProblems,
     problem::{FieldError, Problem},
-    subscriptions::{SubscriptionView, read_wanted, refused},
+    subscriptions::{SubscriptionView, WantedSubscription, refused},
 };
 
 /// The most subscriptions of one request.
@@ -33,29 +33,13 @@ pub(super) struct SubscriptionSet {
     subscriptions: Vec<WantedSubscription>,
 }
 
-#[derive(Deserialize, ToSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WantedSubscription {
-    /// Which types: exact, or tokens with `*` (one token) and a final `>` (the rest).
-    #[schema(min_length = 1, max_length = 255)]
-    event_type: String,
-    /// Only events of this connection.
-    #[schema(value_type = Option<Uuid>)]
-    publisher: Option<ConnectionId>,
-    /// Only events of whose payload this JSONPath (RFC 9535) selects something.
-    #[schema(min_length = 1, max_length = 1024)]
-    filter: Option<String>,
-    /// True if absent.
-    enabled: Option<bool>,
-}
-
 /// What a sync did, and what the connection has now
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct SyncResult {
     /// How many were added.
     created: usize,
-    /// How many were enabled or disabled.
+    /// How many were enabled or disabled, or got another `retryPolicy` or `batch`.
     updated: usize,
     /// How many were removed.
     deleted: usize,
@@ -91,13 +75,19 @@ pub(super) async fn sync(
     let wanted = read_set(set)?;
     let wanted: Vec<_> = wanted.into_iter().map(|wanted| (SubscriptionId(api.ids.next()), wanted)).collect();
     match pg::sync_subscriptions(&api.pool, principal.organization, connection, &wanted).await? {
-        SyncSubscriptions::Synced(synced) => Ok(Answer(SyncResult {
-            created: synced.created,
-            updated: synced.updated,
-            deleted: synced.deleted,
-            unchanged: synced.unchanged,
-            items: synced.items.into_iter().map(SubscriptionView::from).collect(),
-        })),
+        SyncSubscriptions::Synced(synced) => {
+            // Some of them may have brought rules, which the workers keep with the connection.
+            if synced.created + synced.updated > 0 {
+                api.hints.connection_changed(connection).await;
+            }
+            Ok(Answer(SyncResult {
+                created: synced.created,
+                updated: synced.updated,
+                deleted: synced.deleted,
+                unchanged: synced.unchanged,
+                items: synced.items.into_iter().map(SubscriptionView::from).collect(),
+            }))
+        }
         SyncSubscriptions::Refused(SubscriptionRefused::NoSuchConnection) => Err(Problem::not_found()),
         SyncSubscriptions::Refused(why) => Err(refused(why, "", &publisher_pointer(why, &wanted))),
     }
@@ -113,11 +103,11 @@ fn read_set(set: SubscriptionSet) -> Result<Vec<Wanted>, Problem> {
     let mut all = Vec::with_capacity(set.subscriptions.len());
     for (index, one) in set.subscriptions.into_iter().enumerate() {
         let pointer = format!("/subscriptions/{index}");
-        match read_wanted(&pointer, &one.event_type, one.publisher, one.filter.as_deref(), one.enabled) {
+        let identity = (one.event_type.clone(), one.publisher, one.filter.clone());
+        match one.read(&pointer) {
             Err(wrong) => errors.extend(wrong),
             Ok(wanted) => {
                 all.push(wanted);
-                let identity = (one.event_type, one.publisher, one.filter);
                 if let Some(first) = seen.insert(identity, index) {
                     errors.push(FieldError::at(pointer, format!("the same as /subscriptions/{first}")));
                 }

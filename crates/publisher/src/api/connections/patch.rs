@@ -12,8 +12,8 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::{
-    ContentModeName, DEFAULT_TIMEOUT, FieldError, Kind, Problem, check_name, generate_secret, read_headers,
-    read_secret, read_timeout, read_url, receives_nothing,
+    ContentModeName, DEFAULT_TIMEOUT, FieldError, Kind, Problem, check_name, generate_secret,
+    read_final_statuses, read_headers, read_secret, read_timeout, read_url, receives_nothing,
 };
 use crate::api::extract::present;
 
@@ -47,6 +47,10 @@ pub(in crate::api) struct ConnectionPatch {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<ContentModeName>)]
     content_mode: Option<Option<ContentModeName>>,
+    /// All of them; `null` for none.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<Vec<u16>>, max_items = 50)]
+    final_statuses: Option<Option<Vec<u16>>>,
     /// A new signing secret; `null` to have one generated.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<String>, write_only)]
@@ -103,6 +107,7 @@ impl ConnectionPatch {
             ("/headers", matches!(self.headers, Some(Some(_)))),
             ("/timeoutMs", matches!(self.timeout_ms, Some(Some(_)))),
             ("/contentMode", matches!(self.content_mode, Some(Some(_)))),
+            ("/finalStatuses", matches!(self.final_statuses, Some(Some(_)))),
             // null would generate one
             ("/secret", self.secret.is_some()),
         ];
@@ -130,6 +135,9 @@ impl ConnectionPatch {
         }
         if let Some(mode) = self.content_mode {
             webhook.content_mode = mode.map_or_else(ContentMode::default, Into::into);
+        }
+        if let Some(statuses) = self.final_statuses {
+            webhook.final_statuses = read_final_statuses(statuses.unwrap_or_default())?;
         }
         if let Some(secret) = self.secret {
             let secret = secret.map_or_else(|| Ok(generate_secret()), |text| read_secret(&text))?;

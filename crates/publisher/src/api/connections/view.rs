@@ -72,7 +72,7 @@ pub(in crate::api) struct ConnectionView {
     kind: Kind,
     /// Nothing is delivered while this is false.
     enabled: bool,
-    /// Why the bus disabled the connection.
+    /// Why the bus disabled the connection; gone when it is enabled again.
     #[serde(skip_serializing_if = "Option::is_none")]
     disabled_reason: Option<String>,
     /// Only of a webhook.
@@ -89,6 +89,9 @@ pub(in crate::api) struct ConnectionView {
     /// Only of a webhook.
     #[serde(skip_serializing_if = "Option::is_none")]
     content_mode: Option<ContentModeName>,
+    /// Only of a webhook: answers with one of these HTTP statuses are final. In ascending order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    final_statuses: Option<Vec<u16>>,
     /// A new signing secret, shown once when it is set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(read_only)]
@@ -111,6 +114,7 @@ impl From<Connection> for ConnectionView {
             headers: None,
             timeout_ms: None,
             content_mode: None,
+            final_statuses: None,
             secret: None,
             created_at: connection.created_at,
             updated_at: connection.updated_at,
@@ -121,6 +125,7 @@ impl From<Connection> for ConnectionView {
             view.headers = Some(webhook.headers.into_iter().map(redact).collect());
             view.timeout_ms = u64::try_from(webhook.timeout.as_millis()).ok();
             view.content_mode = Some(webhook.content_mode.into());
+            view.final_statuses = Some(webhook.final_statuses);
         }
         view
     }
