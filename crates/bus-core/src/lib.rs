@@ -12,6 +12,7 @@ pub mod ids;
 pub mod launcher;
 pub mod matcher;
 pub mod nats;
+pub mod notify;
 pub mod pattern;
 pub mod pg;
 pub mod queue;

@@ -9,6 +9,7 @@ use bus_core::{
     delivery::DeliveryKey,
     ids::{DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     nats::Nats,
+    notify::PostgresNotifier,
     queue::{Body, DeliveryQueue, Enqueue, JetStreamQueue, Leased, MAX_INLINE, PostgresQueue},
 };
 use bytes::Bytes;
@@ -21,6 +22,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const WAIT: Duration = Duration::from_secs(2);
 /// How long a lease lasts here.
 const LEASE: Duration = Duration::from_secs(2);
+/// What no hint announced is seen after this time.
+const POLL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy)]
 enum Kind {
@@ -66,8 +69,10 @@ impl Fixture {
                 )
             }
             Kind::Postgres => {
+                let stop = CancellationToken::new();
                 let queue = || {
-                    Arc::new(PostgresQueue::new(pool.clone(), &prefix, 1, LEASE, CancellationToken::new()))
+                    let hints = Arc::new(PostgresNotifier::new(pool.clone(), &prefix, stop.clone()));
+                    Arc::new(PostgresQueue::new(pool.clone(), 1, LEASE, hints, POLL, stop.clone()))
                 };
                 (queue(), queue(), None)
             }

@@ -9,6 +9,7 @@ use bus_core::{
     config::{Common, RoleConfig},
     ids::DeliveryId,
     launcher::{BoxError, Ctx, Heartbeat, Role},
+    notify::{self, DUE_IDLE, Hint},
     pg::{self, DeadLetter},
     queue::{DeliveryQueue, Enqueue, QueueError},
     supervise::{self, Broker},
@@ -17,6 +18,10 @@ use bus_core::{
 use metrics::counter;
 use serde::Deserialize;
 use sqlx::PgPool;
+use tokio::{
+    sync::Notify,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -24,11 +29,11 @@ use tracing::{debug, warn};
 pub const ROLE: Role =
     Role { name: "cron-scheduler", about: "Returns parked deliveries to the queue when they are due" };
 
-/// The safety interval: an idle scheduler asks once in this time. Parked waits are longer than
-/// [`DeliveryQueue::longest_wait`], 5 s, so that none can become due unseen between two looks.
-const IDLE: Duration = Duration::from_secs(5);
+/// The safety interval: an idle scheduler asks once in this time. Most parked waits are longer, so that they
+/// cannot become due unseen between two looks; the others are announced by [`Hint::Due`].
+const IDLE: Duration = DUE_IDLE;
 
-/// The shortest sleep between two looks that found nothing to do.
+/// The shortest sleep between two looks that found nothing to do, however many hints come.
 const SHORTEST: Duration = Duration::from_millis(20);
 
 /// After an error.
@@ -64,7 +69,12 @@ pub async fn run(ctx: Ctx<SchedulerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
     let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let beat = ctx.health.heartbeat("parked deliveries", IDLE * 12);
-    ctx.spawn("parked deliveries", return_due(pool, Arc::clone(&transport.queue), beat, ctx.stop.clone()));
+    let due = Arc::new(Notify::new());
+    let wake = Arc::clone(&due);
+    let following = notify::wake_on(Arc::clone(&transport.hints), Hint::Due, move || wake.notify_one());
+    ctx.tasks.spawn(ctx.stop.clone().run_until_cancelled_owned(following));
+    let queue = Arc::clone(&transport.queue);
+    ctx.spawn("parked deliveries", return_due(pool, queue, due, beat, ctx.stop.clone()));
     ctx.stop.cancelled().await;
     ctx.tasks.close();
     ctx.tasks.wait().await;
@@ -75,21 +85,31 @@ pub async fn run(ctx: Ctx<SchedulerConfig>) -> Result<(), BoxError> {
 async fn return_due(
     pool: PgPool,
     queue: Arc<dyn DeliveryQueue>,
+    due: Arc<Notify>,
     beat: Heartbeat,
     stop: CancellationToken,
 ) -> Result<(), BoxError> {
     while !stop.is_cancelled() {
         beat.beat();
-        let sleep = match return_once(&pool, queue.as_ref()).await {
-            Ok(sleep) => sleep,
+        let idle = match return_once(&pool, queue.as_ref()).await {
+            Ok(idle) => idle,
             Err(failed) => {
                 warn!(error = %Chain(&failed), "Due deliveries wait");
                 AGAIN
             }
         };
-        stop.run_until_cancelled(tokio::time::sleep(sleep)).await;
+        stop.run_until_cancelled(rest(idle, &due)).await;
     }
     Ok(())
+}
+
+/// Waits until there may be something to do: `idle`, or shorter if something became due. All that was
+/// announced since the last look is one reason to look again.
+async fn rest(idle: Duration, due: &Notify) {
+    let shortest = idle.min(SHORTEST);
+    sleep(shortest).await;
+    // Either way the answer is the same: look again.
+    let _ = timeout(idle - shortest, due.notified()).await;
 }
 
 /// Returns one batch; answers how long there is nothing more to do.
@@ -118,4 +138,40 @@ async fn return_once(pool: &PgPool, queue: &dyn DeliveryQueue) -> Result<Duratio
     counter!("bus_parked_returned").increment(back.len() as u64);
     debug!(deliveries = back.len(), "Due deliveries are back in the queue");
     Ok(Duration::ZERO)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_announced_ends_the_rest_but_hints_do_not_make_it_spin() {
+        let due = Arc::new(Notify::new());
+        let begun = Instant::now();
+        rest(IDLE, &due).await;
+        assert_eq!(begun.elapsed(), IDLE, "nothing was announced");
+
+        let (announcing, begun) = (Arc::clone(&due), Instant::now());
+        tokio::spawn(async move {
+            sleep(Duration::from_secs(1)).await;
+            announcing.notify_one();
+        });
+        rest(IDLE, &due).await;
+        assert_eq!(begun.elapsed(), Duration::from_secs(1));
+
+        let begun = Instant::now();
+        for _ in 0..1_000 {
+            due.notify_one();
+        }
+        rest(IDLE, &due).await;
+        assert_eq!(begun.elapsed(), SHORTEST, "a thousand hints are one reason");
+        rest(IDLE, &due).await;
+        assert_eq!(begun.elapsed(), SHORTEST + IDLE);
+
+        let begun = Instant::now();
+        rest(Duration::ZERO, &due).await;
+        assert_eq!(begun.elapsed(), Duration::ZERO, "there is more to do already");
+    }
 }

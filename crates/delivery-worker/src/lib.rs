@@ -48,7 +48,7 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
         connections,
         bodies: Bodies::new(pool.clone(), settings.body_cache_bytes),
         webhooks: Box::new(WebhookSink::new(&ctx.config.sink)?),
-        parking: Parking::start(pool, patience.clone(), &ctx.tasks),
+        parking: Parking::start(pool, Arc::clone(&transport.hints), patience.clone(), &ctx.tasks),
         patience,
         receipts: Receipts::start(
             Arc::clone(&transport.queue),

@@ -1,6 +1,9 @@
 //! Parks long retries in the database, as many at once as have gathered.
 
+use std::sync::Arc;
+
 use bus_core::{
+    notify::{DUE_IDLE, Hint, Notifier},
     pg::{self, Park},
     queue::Lease,
     telemetry::Chain,
@@ -20,12 +23,18 @@ const BATCH: usize = 500;
 pub(crate) struct Parking(mpsc::Sender<(Park, Box<dyn Lease>)>);
 
 impl Parking {
-    pub(crate) fn start(pool: PgPool, patience: Patience, tasks: &TaskTracker) -> Self {
+    /// `hints` wake the scheduler for what is due before it would look by itself.
+    pub(crate) fn start(
+        pool: PgPool,
+        hints: Arc<dyn Notifier>,
+        patience: Patience,
+        tasks: &TaskTracker,
+    ) -> Self {
         let (sender, mut parked) = mpsc::channel(BATCH);
         tasks.spawn(async move {
             let mut batch = Vec::with_capacity(BATCH);
             while parked.recv_many(&mut batch, BATCH).await > 0 {
-                park(&pool, &patience, std::mem::take(&mut batch)).await;
+                park(&pool, hints.as_ref(), &patience, std::mem::take(&mut batch)).await;
             }
         });
         Self(sender)
@@ -40,7 +49,7 @@ impl Parking {
     }
 }
 
-async fn park(pool: &PgPool, patience: &Patience, batch: Vec<(Park, Box<dyn Lease>)>) {
+async fn park(pool: &PgPool, hints: &dyn Notifier, patience: &Patience, batch: Vec<(Park, Box<dyn Lease>)>) {
     let (parked, leases): (Vec<Park>, Vec<Box<dyn Lease>>) = batch.into_iter().unzip();
     let mut said = false;
     while let Err(failed) = pg::park(pool, &parked).await {
@@ -60,6 +69,9 @@ async fn park(pool: &PgPool, patience: &Patience, batch: Vec<(Park, Box<dyn Leas
     }
     if said {
         info!(deliveries = parked.len(), "Parked");
+    }
+    if parked.iter().any(|park| park.wait_s < DUE_IDLE.as_secs_f64()) {
+        hints.notify(Hint::Due).await;
     }
     for (park, lease) in parked.iter().zip(leases) {
         if let Err(failed) = lease.ack().await {
