@@ -36,6 +36,28 @@ pub enum Backend {
     Jetstream,
     /// The database alone, for those who run no NATS.
     Postgres,
+    /// The memory of the one process that has every role: for tests and embedding. Nothing survives it.
+    Memory,
+}
+
+/// What carries hints between the processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NotifyStrategy {
+    /// By what is configured: NATS with the JetStream backend; with the Postgres backend both if there is
+    /// a `nats.url`, else Postgres; memory with the memory backend.
+    Auto,
+    /// Nothing: everyone looks every `notify.poll_ms`. For a database that is behind a pooler in
+    /// transaction mode, where `LISTEN` does not work, and no NATS.
+    Polling,
+    /// `LISTEN/NOTIFY`.
+    Postgres,
+    /// Core NATS.
+    Nats,
+    /// NATS and Postgres both, so that either may be away.
+    Compose,
+    /// Within the one process that has every role.
+    Memory,
 }
 
 /// What every binary has.
@@ -55,6 +77,8 @@ pub struct Common {
     pub postgres: PostgresConfig,
     /// The broker.
     pub nats: NatsConfig,
+    /// Hints between the processes.
+    pub notify: NotifyConfig,
     /// The port for probes and metrics.
     pub admin: AdminConfig,
     /// Logs.
@@ -83,7 +107,7 @@ pub struct PostgresConfig {
 #[serde(deny_unknown_fields)]
 pub struct NatsConfig {
     /// `nats://user:password@host:port`, or several separated by commas. Needed by the JetStream
-    /// backend only.
+    /// backend, and by hints that go over NATS.
     #[serde(default)]
     pub url: Option<SecretString>,
     /// A `.creds` file (JWT and seed), if the server wants one.
@@ -105,6 +129,17 @@ pub struct NatsConfig {
     pub max_audit_bytes: i64,
     /// The most bytes of the dead-letter stream; when it is reached, the oldest go. Their rows stay.
     pub max_dead_bytes: i64,
+}
+
+/// Hints between the processes. They save latency; without them everything is found by polling.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NotifyConfig {
+    /// What carries them.
+    pub strategy: NotifyStrategy,
+    /// How long something may stay unseen that no hint announced, milliseconds, 10–60,000: the interval of
+    /// [`NotifyStrategy::Polling`], and of the workers of the Postgres backend under every strategy.
+    pub poll_ms: u64,
 }
 
 /// The port for probes and metrics.
@@ -146,13 +181,14 @@ pub struct ShutdownConfig {
 
 /// Every top-level key of any role. One file or one environment may serve all binaries, so a section
 /// that belongs to another role is accepted; a name that belongs to none is refused.
-const KNOWN: [&str; 15] = [
+const KNOWN: [&str; 16] = [
     "backend",
     "prefix",
     "lanes",
     "address_file",
     "postgres",
     "nats",
+    "notify",
     "admin",
     "telemetry",
     "shutdown",
@@ -245,6 +281,36 @@ pub fn load<C: RoleConfig>(
 }
 
 impl Common {
+    /// What carries hints between the processes, `auto` resolved.
+    pub fn notify_strategy(&self) -> NotifyStrategy {
+        match (self.notify.strategy, self.backend) {
+            (NotifyStrategy::Auto, Backend::Jetstream) => NotifyStrategy::Nats,
+            (NotifyStrategy::Auto, Backend::Postgres) if self.nats.url.is_some() => NotifyStrategy::Compose,
+            (NotifyStrategy::Auto, Backend::Postgres) => NotifyStrategy::Postgres,
+            (NotifyStrategy::Auto, Backend::Memory) => NotifyStrategy::Memory,
+            (chosen, _) => chosen,
+        }
+    }
+
+    /// What is wrong with the section `[notify]`, if anything.
+    fn notify_problem(&self) -> Option<String> {
+        let strategy = self.notify_strategy();
+        if matches!(strategy, NotifyStrategy::Nats | NotifyStrategy::Compose) && self.nats.url.is_none() {
+            return Some(
+                "this notify.strategy needs nats.url: set NATS_URL or nats.url_file, or choose another \
+                 strategy (\"auto\" takes what there is)"
+                    .into(),
+            );
+        }
+        if strategy == NotifyStrategy::Memory && self.backend != Backend::Memory {
+            return Some("notify.strategy \"memory\" needs the memory backend: choose \"auto\"".into());
+        }
+        if !(10..=60_000).contains(&self.notify.poll_ms) {
+            return Some("notify.poll_ms must be between 10 and 60000".into());
+        }
+        None
+    }
+
     fn problem(&self) -> Option<String> {
         let prefix_ok = !self.prefix.is_empty()
             && self.prefix.len() <= 32
@@ -264,8 +330,15 @@ impl Common {
         if self.backend == Backend::Jetstream && self.nats.url.is_none() {
             return Some("the jetstream backend needs nats.url: set NATS_URL or nats.url_file".into());
         }
-        // Two of them listen for notifications where there is no NATS.
-        let needed = if self.backend == Backend::Postgres { 6 } else { 2 };
+        if let Some(problem) = self.notify_problem() {
+            return Some(problem);
+        }
+        // One of them listens for hints where Postgres carries them.
+        let listens = matches!(self.notify_strategy(), NotifyStrategy::Postgres | NotifyStrategy::Compose);
+        let needed = match self.backend {
+            Backend::Postgres => 6,
+            Backend::Jetstream | Backend::Memory => 2 + u32::from(listens),
+        };
         if self.postgres.max_connections < needed {
             return Some(format!("postgres.max_connections must be at least {needed}"));
         }

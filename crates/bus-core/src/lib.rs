@@ -14,6 +14,7 @@ pub mod launcher;
 pub mod lifecycle;
 pub mod matcher;
 pub mod nats;
+pub mod notify;
 pub mod pattern;
 pub mod pg;
 pub mod queue;

@@ -11,6 +11,7 @@ use async_nats::{
         stream::{Config as StreamConfig, DiscardPolicy, RetentionPolicy, StorageType},
     },
 };
+use bytes::Bytes;
 use futures::StreamExt as _;
 use percent_encoding::percent_decode_str;
 use secrecy::ExposeSecret as _;
@@ -31,6 +32,9 @@ const MAX_ACKS_IN_FLIGHT: usize = 4_000;
 
 /// How long a JetStream call may take, and a publish wait for its acknowledgement.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the server may take to answer when nothing is asked of it.
+const ROUND_TRIP: Duration = Duration::from_secs(2);
 
 /// What went wrong with the broker.
 #[derive(Debug, thiserror::Error)]
@@ -282,6 +286,16 @@ impl Nats {
         self.epoch.clone()
     }
 
+    /// Returns when the server has done what this connection asked for before: it answers in order.
+    pub(crate) async fn round_trip(&self) -> Result<(), NatsError> {
+        const OPERATION: &str = "ask the server for a sign of life";
+        let inbox = self.client.new_inbox();
+        let mut answer = self.client.subscribe(inbox.clone()).await.during(OPERATION)?;
+        self.client.publish(inbox, Bytes::new()).await.during(OPERATION)?;
+        tokio::time::timeout(ROUND_TRIP, answer.next()).await.during(OPERATION)?;
+        Ok(())
+    }
+
     /// Sends what is buffered (the last acknowledgements), for at most two seconds.
     pub async fn flush(&self) {
         if self.is_connected()
@@ -357,8 +371,8 @@ impl Names {
         format!("{}.events.audit.receipt.{organization}", self.prefix)
     }
 
-    /// Says that a connection changed (core NATS).
-    pub fn wake_connection(&self) -> String {
-        format!("{}.wake.connection", self.prefix)
+    /// Hints (core NATS).
+    pub fn wake_hints(&self) -> String {
+        format!("{}.wake.hints", self.prefix)
     }
 }

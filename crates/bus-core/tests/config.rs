@@ -5,7 +5,7 @@
 use std::io::Write as _;
 
 use bus_core::{
-    config::{Backend, Common, ConfigError, Loaded, RoleConfig, load},
+    config::{Backend, Common, ConfigError, Loaded, NotifyStrategy, RoleConfig, load},
     telemetry::Chain,
 };
 use secrecy::{ExposeSecret as _, SecretString};
@@ -121,9 +121,40 @@ fn what_does_not_go_together_is_refused_with_the_reason() {
         ("EVENT_BUS_LANES", "0", "lanes"),
         ("EVENT_BUS_LANES", "many", "lanes"),
         ("EVENT_BUS_NATS__REPLICAS", "6", "nats.replicas"),
+        ("EVENT_BUS_NOTIFY__POLL_MS", "0", "notify.poll_ms"),
+        ("EVENT_BUS_NOTIFY__STRATEGY", "memory", "notify.strategy"),
+        ("EVENT_BUS_NOTIFY__STRATEGY", "pigeons", "pigeons"),
         ("EVENT_BUS_ADMIN_TOKEN_FILE", "/no/such/file", "/no/such/file"),
     ] {
         let refused = refusal(None, &[&URLS[..], &[(name, value)]].concat());
         assert!(refused.contains(complaint), "{name}={value}: {refused}");
+    }
+}
+
+#[test]
+fn the_strategy_of_hints_follows_what_is_configured() {
+    let strategy = |with_nats: bool, backend: &str, strategy: &str| {
+        let (backend, strategy) = (("EVENT_BUS_BACKEND", backend), ("EVENT_BUS_NOTIFY__STRATEGY", strategy));
+        let urls = if with_nats { &URLS[..] } else { &URLS[..1] };
+        try_load(None, &[urls, &[backend, strategy]].concat())
+            .map(|loaded| loaded.common.notify_strategy())
+            .map_err(|refused| Chain(&refused).to_string())
+    };
+    for (with_nats, backend, asked, got) in [
+        (true, "jetstream", "auto", NotifyStrategy::Nats),
+        (true, "postgres", "auto", NotifyStrategy::Compose),
+        (false, "postgres", "auto", NotifyStrategy::Postgres),
+        (false, "memory", "auto", NotifyStrategy::Memory),
+        (true, "jetstream", "postgres", NotifyStrategy::Postgres),
+        (true, "jetstream", "compose", NotifyStrategy::Compose),
+        (true, "postgres", "nats", NotifyStrategy::Nats),
+        (false, "postgres", "polling", NotifyStrategy::Polling),
+        (false, "memory", "memory", NotifyStrategy::Memory),
+    ] {
+        assert_eq!(strategy(with_nats, backend, asked), Ok(got), "{backend}, {asked}");
+    }
+    for asked in ["nats", "compose"] {
+        let refused = strategy(false, "postgres", asked).unwrap_err();
+        assert!(refused.contains("NATS_URL") && refused.contains("notify.strategy"), "{refused}");
     }
 }

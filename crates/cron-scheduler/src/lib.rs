@@ -10,10 +10,12 @@ use std::sync::Arc;
 use bus_core::{
     config::{Common, RoleConfig},
     launcher::{BoxError, Ctx, Role},
+    notify::{self, Hint},
     pg,
     supervise::{self, Broker},
 };
 use serde::Deserialize;
+use tokio::sync::Notify;
 
 pub use self::returns::return_due;
 use self::returns::{IDLE, LEASE_S};
@@ -45,7 +47,12 @@ pub async fn run(ctx: Ctx<SchedulerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
     let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let beat = ctx.health.heartbeat("parked deliveries", IDLE * 12);
-    ctx.spawn("parked deliveries", returns::run(pool, Arc::clone(&transport.queue), beat, ctx.stop.clone()));
+    let due = Arc::new(Notify::new());
+    let wake = Arc::clone(&due);
+    let following = notify::wake_on(Arc::clone(&transport.hints), Hint::Due, move || wake.notify_one());
+    ctx.tasks.spawn(ctx.stop.clone().run_until_cancelled_owned(following));
+    let queue = Arc::clone(&transport.queue);
+    ctx.spawn("parked deliveries", returns::run(pool, queue, due, beat, ctx.stop.clone()));
     ctx.stop.cancelled().await;
     ctx.tasks.close();
     ctx.tasks.wait().await;

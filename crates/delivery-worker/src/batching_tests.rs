@@ -32,7 +32,7 @@ fn with_body(subscription: u128, event: u128, body: String) -> Delivery {
         connection: Uuid::from_u128(2).into(),
         connection_version: 1,
     };
-    Delivery { key, attempts: 0, body: Bytes::from(body) }
+    Delivery { key, body: Bytes::from(body) }
 }
 
 fn delivery(subscription: u128, event: u128) -> Delivery {

@@ -6,8 +6,8 @@ use std::{sync::Arc, time::Duration};
 use bus_core::{
     delivery::{DeliveryKey, Progress},
     ids::DeliveryId,
+    notify::{Hint, Notifier},
     pg::{self, StoreError},
-    queue::{Hint, Hints},
     telemetry::Chain,
 };
 use futures::StreamExt as _;
@@ -61,8 +61,8 @@ impl ClosedDeliveries {
     }
 
     /// Follows what hints say. Never ends.
-    pub(crate) async fn follow(self, hints: Arc<dyn Hints>) {
-        let mut hints = hints.listen().await;
+    pub(crate) async fn follow(self, hints: Arc<dyn Notifier>) {
+        let mut hints = hints.listen();
         while let Some(hint) = hints.next().await {
             match hint {
                 Hint::Closed(id) => self.kept.insert(id, ()),
@@ -71,7 +71,7 @@ impl ClosedDeliveries {
                         warn!(error = %Chain(&failed), "Deliveries that were closed lately may be attempted once more");
                     }
                 }
-                Hint::ConnectionChanged(_) => {}
+                Hint::ConnectionChanged(_) | Hint::Due | Hint::Enqueued => {}
             }
         }
     }

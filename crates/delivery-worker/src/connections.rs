@@ -12,8 +12,8 @@ use bus_core::{
     connection::Receiver,
     delivery::DeliveryKey,
     ids::ConnectionId,
+    notify::{Hint, Notifier},
     pg::{self, StoreError},
-    queue::{Hint, Hints},
 };
 use futures::StreamExt as _;
 use moka::future::Cache;
@@ -118,17 +118,17 @@ impl Connections {
     }
 
     /// Follows what hints say. Never ends.
-    pub(crate) async fn follow(self, hints: Arc<dyn Hints>) {
-        let mut hints = hints.listen().await;
+    pub(crate) async fn follow(self, hints: Arc<dyn Notifier>) {
+        let mut hints = hints.listen();
         while let Some(hint) = hints.next().await {
             match hint {
                 Hint::ConnectionChanged(id) => {
                     self.outdate(id).await;
                 }
-                Hint::Closed(_) => {}
                 Hint::Missed => {
                     self.epoch.fetch_add(1, Ordering::AcqRel);
                 }
+                Hint::Closed(_) | Hint::Due | Hint::Enqueued => {}
             }
         }
     }

@@ -7,8 +7,9 @@ use bus_core::{
     connection::{Receiver, Target},
     delivery::{Delivery, DeliveryKey, Progress},
     launcher::BoxError,
+    notify::{Hint, Notifier},
     pg::{self, DeadLetter, LastAttempt, Park},
-    queue::{Body, DeliveryQueue, Hints, Leased},
+    queue::{Body, DeliveryQueue, Leased},
     receipt::{Receipt, ReceiptOutcome},
     retry::{DeadReason, RetryPolicy, Rules, Standing, Verdict, verdict},
     sink::{AttemptReport, Outcome, Parcel, Sink},
@@ -33,7 +34,7 @@ pub struct Parts {
     /// Where the deliveries come from, and where retries and dead letters go.
     pub queue: Arc<dyn DeliveryQueue>,
     /// Says that connections changed and deliveries were closed.
-    pub hints: Arc<dyn Hints>,
+    pub hints: Arc<dyn Notifier>,
     /// Makes the attempts.
     pub webhooks: Box<dyn Sink>,
     /// Limits and the retry policy.
@@ -101,7 +102,7 @@ impl Deliverer {
             connections,
             bodies: Bodies::new(pool.clone(), settings.body_cache_bytes),
             batches: Batcher::new(parts.longest_gathering, stop.clone()),
-            parking: Parking::start(pool.clone(), patience.clone(), tasks),
+            parking: Parking::start(pool.clone(), Arc::clone(&parts.hints), patience.clone(), tasks),
             patience,
             closed,
             receipts: Receipts::start(queue, buffer, tasks, stop.clone()),
@@ -301,7 +302,7 @@ impl Deliverer {
         });
         if disabled.await == Some(true) {
             info!(connection.id = %connection.id, "Connection disabled: its endpoint answered 410");
-            self.parts.hints.connection_changed(connection.id).await;
+            self.parts.hints.notify(Hint::ConnectionChanged(connection.id)).await;
         }
     }
 

@@ -1,6 +1,9 @@
 //! Parks long retries in the database, as many at once as have gathered.
 
+use std::sync::Arc;
+
 use bus_core::{
+    notify::{DUE_IDLE, Hint, Notifier},
     pg::{self, Park},
     telemetry::Chain,
 };
@@ -19,12 +22,18 @@ const BATCH: usize = 500;
 pub(crate) struct Parking(mpsc::Sender<(Park, Hold)>);
 
 impl Parking {
-    pub(crate) fn start(pool: PgPool, patience: Patience, tasks: &TaskTracker) -> Self {
+    /// `hints` wake the scheduler for what is due before it would look by itself.
+    pub(crate) fn start(
+        pool: PgPool,
+        hints: Arc<dyn Notifier>,
+        patience: Patience,
+        tasks: &TaskTracker,
+    ) -> Self {
         let (sender, mut parked) = mpsc::channel(BATCH);
         tasks.spawn(async move {
             let mut batch = Vec::with_capacity(BATCH);
             while parked.recv_many(&mut batch, BATCH).await > 0 {
-                park(&pool, &patience, std::mem::take(&mut batch)).await;
+                park(&pool, hints.as_ref(), &patience, std::mem::take(&mut batch)).await;
             }
         });
         Self(sender)
@@ -39,7 +48,7 @@ impl Parking {
     }
 }
 
-async fn park(pool: &PgPool, patience: &Patience, batch: Vec<(Park, Hold)>) {
+async fn park(pool: &PgPool, hints: &dyn Notifier, patience: &Patience, batch: Vec<(Park, Hold)>) {
     // Somebody else has what was held for too long, and has perhaps delivered it.
     let (parked, holds): (Vec<Park>, Vec<Hold>) =
         batch.into_iter().filter(|(_, hold)| !hold.is_lost()).unzip();
@@ -61,6 +70,9 @@ async fn park(pool: &PgPool, patience: &Patience, batch: Vec<(Park, Hold)>) {
     }
     if said {
         info!(deliveries = parked.len(), "Parked");
+    }
+    if parked.iter().any(|park| park.wait < DUE_IDLE) {
+        hints.notify(Hint::Due).await;
     }
     for hold in holds {
         hold.ack().await;

@@ -16,6 +16,7 @@ use bus_core::{
     ids::{EventUid, Ids, KeyId, OrganizationId, OutboxId},
     launcher::Ctx,
     matcher::Snapshot,
+    notify::{Hint, Notifier},
     pg::{self, StoreError, UniqueKey},
     telemetry::Chain,
 };
@@ -61,9 +62,11 @@ pub(crate) struct Committer {
     pub(crate) ids: Arc<dyn Ids>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) config: PublishConfig,
-    /// Prefix and lanes, if the queue is a table of the same database: the deliveries then go in with
-    /// the events, and there is nothing left to fan out.
-    pub(crate) queue_in_database: Option<(String, u16)>,
+    /// Wakes the workers when deliveries are in the queue table.
+    pub(crate) hints: Arc<dyn Notifier>,
+    /// The lanes, if the queue is a table of the same database: the deliveries then go in with the events,
+    /// and there is nothing left to fan out.
+    pub(crate) queue_in_database: Option<u16>,
 }
 
 /// Starts the committers. They end, after what was handed in, when the last
@@ -231,8 +234,12 @@ impl Committer {
         if !events.is_empty() {
             pg::insert_events(&mut transaction, &events).await?;
         }
+        let queued = self.queue_in_database.is_some() && !fan_out.is_empty();
         let fan_out = self.store_fan_out(&mut transaction, fan_out).await?;
         pg::commit(transaction).await?;
+        if queued {
+            self.hints.notify(Hint::Enqueued).await;
+        }
         counter!("bus_events_published").increment(events.len() as u64);
         histogram!("bus_publish_group_events").record(u32::try_from(events.len()).unwrap_or(u32::MAX));
         Ok(Outcome::Committed(Committed { answers: plan.answers(&first), fan_out }))
@@ -263,20 +270,19 @@ impl Committer {
         if events.is_empty() {
             return Ok(None);
         }
-        if let Some((prefix, lanes)) = &self.queue_in_database {
+        if let Some(lanes) = self.queue_in_database {
             let progress = Progress::new(self.clock.now());
             let mut keys = Vec::with_capacity(MAX_QUEUED);
             for event in &events {
                 for target in &event.targets {
                     keys.push((event.delivery(target), progress));
                     if keys.len() == MAX_QUEUED {
-                        pg::insert_queued(transaction, &keys, *lanes).await?;
+                        pg::insert_queued(transaction, &keys, lanes).await?;
                         keys.clear();
                     }
                 }
             }
-            pg::insert_queued(transaction, &keys, *lanes).await?;
-            pg::notify_enqueued(transaction, prefix).await?;
+            pg::insert_queued(transaction, &keys, lanes).await?;
             return Ok(None);
         }
         let outbox = OutboxId(self.ids.next());

@@ -61,8 +61,8 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         ids: ctx.ids.clone(),
         clock: ctx.clock.clone(),
         config: publish.clone(),
-        queue_in_database: (ctx.common.backend == Backend::Postgres)
-            .then(|| (ctx.common.prefix.clone(), ctx.common.lanes)),
+        hints: transport.hints.clone(),
+        queue_in_database: (ctx.common.backend == Backend::Postgres).then_some(ctx.common.lanes),
     };
     commit::start(&ctx, committer, jobs);
     let beat = ctx.health.heartbeat("relay", relay::INTERVAL * 60);

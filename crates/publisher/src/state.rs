@@ -2,7 +2,7 @@
 
 use std::{ops::Deref, sync::Arc};
 
-use bus_core::{address::AddressPolicy, clock::Clock, cloudevent::Limits, ids::Ids, queue::Hints};
+use bus_core::{address::AddressPolicy, clock::Clock, cloudevent::Limits, ids::Ids, notify::Notifier};
 use sqlx::PgPool;
 
 use crate::{ingest::Ingest, snapshots::Snapshots};
@@ -20,7 +20,7 @@ pub struct Inner {
     /// The way into the bus.
     pub ingest: Ingest,
     /// Tells the workers what changed.
-    pub hints: Arc<dyn Hints>,
+    pub hints: Arc<dyn Notifier>,
     /// Which addresses a webhook may have.
     pub addresses: AddressPolicy,
     /// SHA-256 of the admin token; without one the admin API is closed to all but `admin` keys.

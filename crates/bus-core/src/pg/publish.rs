@@ -259,11 +259,6 @@ pub async fn insert_outbox(
     Ok(())
 }
 
-/// The channel on which the Postgres backend says that there is work.
-pub fn enqueued_channel(prefix: &str) -> String {
-    format!("{prefix}_enqueued")
-}
-
 /// Puts deliveries into the queue table of the Postgres backend. Those that are there already stay, unless
 /// this is a later turn. None is fine.
 pub async fn insert_queued(
@@ -305,16 +300,6 @@ pub async fn insert_queued(
     .execute(connection)
     .await
     .during("enqueue deliveries")?;
-    Ok(())
-}
-
-/// Wakes the workers of the Postgres backend when the transaction commits.
-pub async fn notify_enqueued(connection: &mut PgConnection, prefix: &str) -> Result<(), StoreError> {
-    sqlx::query("SELECT pg_notify($1, '')")
-        .bind(enqueued_channel(prefix))
-        .execute(connection)
-        .await
-        .during("notify the workers")?;
     Ok(())
 }
 

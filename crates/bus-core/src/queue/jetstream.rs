@@ -11,16 +11,16 @@ use bytes::Bytes;
 use futures::{
     StreamExt as _,
     future::join_all,
-    stream::{self, BoxStream, FuturesUnordered},
+    stream::{BoxStream, FuturesUnordered},
 };
 use jiff::Timestamp;
 use tokio::{sync::Mutex, time::Instant};
 use tracing::{error, warn};
 
-use super::{Body, DeliveryQueue, Enqueue, Hint, Hints, Lease, Leased, QueueError};
+use super::{Body, DeliveryQueue, Enqueue, Lease, Leased, QueueError};
 use crate::{
     delivery::{DeliveryKey, Progress},
-    ids::{ConnectionId, DeliveryId, EventUid},
+    ids::{DeliveryId, EventUid},
     nats::{During as _, Nats},
     pg::DeadLetter,
     receipt::Receipt,
@@ -405,37 +405,4 @@ impl Lease for MessageLease {
     async fn extend(&self) -> Result<(), QueueError> {
         Ok(self.message.ack_with(AckKind::Progress).await.during("hold a delivery longer")?)
     }
-}
-
-#[async_trait]
-impl Hints for Nats {
-    async fn connection_changed(&self, connection: ConnectionId) {
-        let payload = connection.to_string().into();
-        if let Err(failed) = self.client.publish(self.names.wake_connection(), payload).await {
-            warn!(error = %Chain(&failed), connection.id = %connection, "The workers learn of a change late");
-        }
-    }
-
-    async fn listen(&self) -> BoxStream<'static, Hint> {
-        let missed = changes(self.epoch()).map(|()| Hint::Missed);
-        let changed = match self.client.subscribe(self.names.wake_connection()).await {
-            Ok(changed) => changed
-                .filter_map(|message| async move {
-                    let id = std::str::from_utf8(&message.payload).ok()?.parse().ok()?;
-                    Some(Hint::ConnectionChanged(id))
-                })
-                .boxed(),
-            Err(failed) => {
-                warn!(error = %Chain(&failed), "No hints from NATS");
-                stream::pending().boxed()
-            }
-        };
-        stream::select(missed, changed).boxed()
-    }
-}
-
-/// One item now and one for each change.
-fn changes(mut epoch: tokio::sync::watch::Receiver<u64>) -> BoxStream<'static, ()> {
-    epoch.mark_changed();
-    stream::unfold(epoch, |mut epoch| async move { epoch.changed().await.ok().map(|()| ((), epoch)) }).boxed()
 }

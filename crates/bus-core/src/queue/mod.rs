@@ -12,16 +12,13 @@ use futures::stream::BoxStream;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-pub use self::{
-    jetstream::JetStreamQueue,
-    memory::MemoryQueue,
-    postgres::{PostgresHints, PostgresQueue},
-};
+pub use self::{jetstream::JetStreamQueue, memory::MemoryQueue, postgres::PostgresQueue};
 use crate::{
     config::{Backend, Common},
     delivery::{DeliveryKey, Progress},
-    ids::{ConnectionId, DeliveryId},
+    ids::DeliveryId,
     nats::{Nats, NatsError},
+    notify::{self, Notifier},
     pg::{DeadLetter, StoreError},
     receipt::Receipt,
 };
@@ -39,6 +36,9 @@ pub enum QueueError {
     /// The queue in memory has no room (invariant I10).
     #[error("the queue in memory is full ({0} deliveries)")]
     Full(usize),
+    /// A process of its own cannot reach a queue that is in the memory of another one.
+    #[error("the memory backend needs all roles in one process")]
+    NotInOneProcess,
 }
 
 /// The event's bytes, or the advice to read them from the event store.
@@ -163,35 +163,15 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
 /// place in the window of unacknowledged deliveries, and one in the database can be queried.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
-/// Something that happened elsewhere. A hint may be lost; nothing may depend on it but latency.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Hint {
-    /// A connection was changed or deleted.
-    ConnectionChanged(ConnectionId),
-    /// A delivery was acknowledged by its subscriber, or cancelled.
-    Closed(DeliveryId),
-    /// Hints may have been lost: whatever was kept in memory on their strength is to be dropped.
-    Missed,
-}
-
-/// Sends and receives hints.
-#[async_trait]
-pub trait Hints: Send + Sync + fmt::Debug {
-    /// Tells the workers that a connection changed. Best effort: a failure is logged, not returned.
-    async fn connection_changed(&self, connection: ConnectionId);
-
-    /// The hints from now on; never ends. The first is [`Hint::Missed`].
-    async fn listen(&self) -> BoxStream<'static, Hint>;
-}
-
 /// The queue and the hints of the configured backend.
 #[derive(Debug, Clone)]
 pub struct Transport {
     /// Where deliveries wait.
     pub queue: Arc<dyn DeliveryQueue>,
     /// What wakes and invalidates.
-    pub hints: Arc<dyn Hints>,
-    /// The broker, if there is one.
+    pub hints: Arc<dyn Notifier>,
+    /// The broker, if the deliveries are there. One that carries only hints is known to `hints` alone:
+    /// nothing waits for it.
     pub nats: Option<Nats>,
 }
 
@@ -206,23 +186,25 @@ impl Transport {
         match common.backend {
             Backend::Jetstream => {
                 let nats = Nats::connect(&common.nats, &common.prefix, role).await?;
-                Ok(Self {
-                    queue: Arc::new(JetStreamQueue::new(nats.clone(), common.lanes)),
-                    hints: Arc::new(nats.clone()),
-                    nats: Some(nats),
-                })
+                let hints = notify::connect(common, pool, Some(nats.clone()), role, stop).await?;
+                let queue = Arc::new(JetStreamQueue::new(nats.clone(), common.lanes));
+                Ok(Self { queue, hints, nats: Some(nats) })
             }
             Backend::Postgres => {
+                let hints = notify::connect(common, pool, None, role, stop.clone()).await?;
                 let lease = Duration::from_millis(common.nats.ack_wait_ms);
-                let queue = PostgresQueue::new(pool.clone(), &common.prefix, common.lanes, lease, stop);
-                let hints = PostgresHints::new(pool.clone(), &common.prefix);
-                Ok(Self { queue: Arc::new(queue), hints: Arc::new(hints), nats: None })
+                let poll = Duration::from_millis(common.notify.poll_ms);
+                let queue =
+                    PostgresQueue::new(pool.clone(), common.lanes, lease, Arc::clone(&hints), poll, stop);
+                Ok(Self { queue: Arc::new(queue), hints, nats: None })
             }
+            Backend::Memory => Err(QueueError::NotInOneProcess),
         }
     }
 
     /// Sends what is buffered. To be called after the last acknowledgement, before the process ends.
     pub async fn flush(&self) {
+        self.hints.flush().await;
         if let Some(nats) = &self.nats {
             nats.flush().await;
         }

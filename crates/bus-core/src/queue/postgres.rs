@@ -1,5 +1,5 @@
 //! The delivery queue in Postgres, for those who run no NATS: `FOR UPDATE SKIP LOCKED`, leases that
-//! expire, `LISTEN/NOTIFY` to wake and polling as the safety net.
+//! expire, hints to wake and polling as the safety net.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,35 +9,25 @@ use futures::{
     StreamExt as _,
     stream::{self, BoxStream},
 };
-use sqlx::{
-    PgPool, Row as _,
-    postgres::{PgListener, PgRow},
-};
+use sqlx::{PgPool, Row as _, postgres::PgRow};
 use tokio::{
     sync::{Notify, mpsc, oneshot},
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{error, warn};
 use uuid::Uuid;
 
-use super::{Body, DeliveryQueue, Enqueue, Hint, Hints, Lease, Leased, QueueError};
+use super::{Body, DeliveryQueue, Enqueue, Lease, Leased, QueueError};
 use crate::{
     delivery::Progress,
-    ids::{ConnectionId, DeliveryId},
+    ids::DeliveryId,
+    notify::{self, Hint, Notifier},
     pg::{self, DeadLetter, During as _},
     receipt::Receipt,
-    telemetry::Chain,
 };
-
-/// The safety net: a notification that was lost costs at most this.
-const POLL: Duration = Duration::from_secs(1);
 
 /// Finished deliveries that leave the table in one statement.
 const ACK_BATCH: usize = 500;
-
-/// How long to wait before listening again after the database was away.
-const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 
 /// The delivery queue in Postgres.
 #[derive(Debug, Clone)]
@@ -45,6 +35,8 @@ pub struct PostgresQueue {
     pool: PgPool,
     lanes: u16,
     lease: Duration,
+    notifier: Arc<dyn Notifier>,
+    poll: Duration,
     wake: Arc<Notify>,
     acks: mpsc::Sender<Finished>,
 }
@@ -57,20 +49,25 @@ struct Finished {
 }
 
 impl PostgresQueue {
-    /// A queue of `lanes` lanes; a worker that dies loses its hold after `lease`. Its two background
-    /// tasks end with `stop` or with the last clone.
-    pub fn new(pool: PgPool, prefix: &str, lanes: u16, lease: Duration, stop: CancellationToken) -> Self {
+    /// A queue of `lanes` lanes; a worker that dies loses its hold after `lease`. Hints of the `notifier`
+    /// wake who waits; one that was lost costs at most `poll`. Its two background tasks end with `stop` or
+    /// with the last clone.
+    pub fn new(
+        pool: PgPool,
+        lanes: u16,
+        lease: Duration,
+        notifier: Arc<dyn Notifier>,
+        poll: Duration,
+        stop: CancellationToken,
+    ) -> Self {
         let (acks, finished) = mpsc::channel(ACK_BATCH * 4);
         tokio::spawn(remove_finished(pool.clone(), finished));
         let wake = Arc::new(Notify::new());
         let woken = wake.clone();
-        let mut enqueued = listen(pool.clone(), pg::enqueued_channel(prefix));
-        tokio::spawn(stop.run_until_cancelled_owned(async move {
-            while enqueued.next().await.is_some() {
-                woken.notify_waiters();
-            }
-        }));
-        Self { pool, lanes, lease, wake, acks }
+        let following =
+            notify::wake_on(Arc::clone(&notifier), Hint::Enqueued, move || woken.notify_waiters());
+        tokio::spawn(stop.run_until_cancelled_owned(following));
+        Self { pool, lanes, lease, notifier, poll, wake, acks }
     }
 
     async fn claim(&self, lane: u16, max: usize) -> Result<Vec<Leased>, QueueError> {
@@ -124,6 +121,7 @@ impl DeliveryQueue for PostgresQueue {
         let mut connection = self.pool.acquire().await.during("enqueue deliveries")?;
         pg::insert_queued(&mut connection, &rows, self.lanes).await?;
         self.wake.notify_waiters();
+        self.notifier.notify(Hint::Enqueued).await;
         Ok(())
     }
 
@@ -143,7 +141,7 @@ impl DeliveryQueue for PostgresQueue {
                 return Ok(stream::iter(claimed.into_iter().map(Ok)).boxed());
             }
             // Either way the answer is the same: look again.
-            let _ = timeout(left.min(POLL), woken).await;
+            let _ = timeout(left.min(self.poll), woken).await;
         }
     }
 
@@ -284,74 +282,4 @@ async fn remove_finished(pool: PgPool, mut finished: mpsc::Receiver<Finished>) {
             let _ = one.done.send(removed.as_ref().map(|_| ()).map_err(Arc::clone));
         }
     }
-}
-
-/// Hints through `LISTEN/NOTIFY`.
-#[derive(Debug, Clone)]
-pub struct PostgresHints {
-    pool: PgPool,
-    channel: String,
-}
-
-impl PostgresHints {
-    /// Hints of the deployment `prefix`.
-    pub fn new(pool: PgPool, prefix: &str) -> Self {
-        Self { pool, channel: format!("{prefix}_connection") }
-    }
-}
-
-#[async_trait]
-impl Hints for PostgresHints {
-    async fn connection_changed(&self, connection: ConnectionId) {
-        let sent = sqlx::query("SELECT pg_notify($1, $2)")
-            .bind(&self.channel)
-            .bind(connection.to_string())
-            .execute(&self.pool)
-            .await;
-        if let Err(failed) = sent {
-            warn!(error = %Chain(&failed), connection.id = %connection, "The workers learn of a change late");
-        }
-    }
-
-    async fn listen(&self) -> BoxStream<'static, Hint> {
-        listen(self.pool.clone(), self.channel.clone())
-            .map(|payload| match payload.and_then(|payload| payload.parse().ok()) {
-                Some(connection) => Hint::ConnectionChanged(connection),
-                None => Hint::Missed,
-            })
-            .boxed()
-    }
-}
-
-/// The payloads of a channel; `None` at the start and after each interruption. Never ends.
-fn listen(pool: PgPool, channel: String) -> BoxStream<'static, Option<String>> {
-    let start: Option<PgListener> = None;
-    stream::unfold((pool, channel, start), |(pool, channel, mut listener)| async move {
-        loop {
-            match listener.as_mut() {
-                None => match connect(&pool, &channel).await {
-                    Ok(connected) => return Some((None, (pool, channel, Some(connected)))),
-                    Err(failed) => {
-                        error!(error = %Chain(&failed), "Cannot listen for notifications; polling goes on");
-                        tokio::time::sleep(LISTEN_AGAIN).await;
-                    }
-                },
-                Some(connected) => match connected.try_recv().await {
-                    Ok(Some(note)) => {
-                        return Some((Some(note.payload().to_owned()), (pool, channel, listener)));
-                    }
-                    // The connection was lost and made again.
-                    Ok(None) => return Some((None, (pool, channel, listener))),
-                    Err(_) => listener = None,
-                },
-            }
-        }
-    })
-    .boxed()
-}
-
-async fn connect(pool: &PgPool, channel: &str) -> Result<PgListener, sqlx::Error> {
-    let mut listener = PgListener::connect_with(pool).await?;
-    listener.listen(channel).await?;
-    Ok(listener)
 }

@@ -8,6 +8,7 @@ use bus_core::{
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     nats::Nats,
+    notify::PostgresNotifier,
     queue::{Body, DeliveryQueue, Enqueue, JetStreamQueue, Leased, MemoryQueue, PostgresQueue},
 };
 use bytes::Bytes;
@@ -20,6 +21,8 @@ use tokio_util::sync::CancellationToken;
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 /// How long one pull waits.
 pub(crate) const WAIT: Duration = Duration::from_secs(2);
+/// What no hint announced is seen after this time.
+const POLL: Duration = Duration::from_secs(1);
 /// How long a lease lasts here.
 pub(crate) const LEASE: Duration = Duration::from_secs(2);
 /// The most deliveries that a lane of the broker leaves unacknowledged here.
@@ -69,7 +72,11 @@ impl Fixture {
                 (Arc::new(JetStreamQueue::new(one, 1)), Arc::new(JetStreamQueue::new(other, 1)))
             }
             Kind::Postgres => {
-                let queue = || PostgresQueue::new(pool.clone(), &prefix, 1, LEASE, CancellationToken::new());
+                let stop = CancellationToken::new();
+                let queue = || {
+                    let hints = Arc::new(PostgresNotifier::new(pool.clone(), &prefix, stop.clone()));
+                    PostgresQueue::new(pool.clone(), 1, LEASE, hints, POLL, stop.clone())
+                };
                 (Arc::new(queue()), Arc::new(queue()))
             }
             Kind::Memory => {

@@ -10,6 +10,7 @@ use bus_core::{
     address::AddressPolicy,
     connection::{Connection, ContentMode, Target, Webhook},
     ids::ConnectionId,
+    notify::Hint,
     pg::{self, ChangeConnection, CreateConnection, NewConnection},
     signature::SigningSecret,
     webhook_rules::{self, FinalStatusesRefused, HeadersRefused, MAX_TIMEOUT, MIN_TIMEOUT},
@@ -299,7 +300,7 @@ pub(super) async fn change(
     let apply = |connection: Connection| patch.apply(connection, &api.addresses, now, &mut new_secret);
     match pg::change_connection(&api.pool, principal.organization, id, apply).await? {
         ChangeConnection::Stored(connection) => {
-            api.hints.connection_changed(id).await;
+            api.hints.notify(Hint::ConnectionChanged(id)).await;
             Ok(Answer(ConnectionView::from(*connection).with_secret(new_secret)))
         }
         ChangeConnection::NotFound => Err(Problem::not_found()),
@@ -329,6 +330,6 @@ pub(super) async fn delete(
     if !principal.sees(id) || !pg::delete_connection(&api.pool, principal.organization, id).await? {
         return Err(Problem::not_found());
     }
-    api.hints.connection_changed(id).await;
+    api.hints.notify(Hint::ConnectionChanged(id)).await;
     Ok(StatusCode::NO_CONTENT)
 }

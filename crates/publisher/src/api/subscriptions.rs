@@ -10,6 +10,7 @@ use axum::{
 use bus_core::{
     filter::PayloadFilter,
     ids::{ConnectionId, SubscriptionId},
+    notify::Hint,
     pattern::TypePattern,
     pg::{
         self, ChangeSubscription, CreateSubscription, MAX_FILTER_BYTES, MAX_SUBSCRIPTIONS, SubscriptionQuery,
@@ -254,7 +255,7 @@ pub(super) async fn create(
     match pg::create_subscription(&api.pool, organization, id, connection, &wanted).await? {
         CreateSubscription::Created(subscription) => {
             if wanted.rules != SubscriptionRules::default() {
-                api.hints.connection_changed(connection).await;
+                api.hints.notify(Hint::ConnectionChanged(connection)).await;
             }
             Ok(created(&format!("/v1/subscriptions/{id}"), Answer(SubscriptionView::from(subscription))))
         }
@@ -359,7 +360,7 @@ pub(super) async fn change(
     match pg::change_subscription(&api.pool, organization, only, id, apply).await? {
         ChangeSubscription::Stored(subscription) => {
             if says_rules {
-                api.hints.connection_changed(subscription.connection).await;
+                api.hints.notify(Hint::ConnectionChanged(subscription.connection)).await;
             }
             Ok(Answer(subscription.into()))
         }

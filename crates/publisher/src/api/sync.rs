@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use axum::{Json as Answer, extract::State};
 use bus_core::{
     ids::{ConnectionId, SubscriptionId},
+    notify::Hint,
     pg::{self, SubscriptionRefused, SyncSubscriptions, Wanted},
 };
 use serde::{Deserialize, Serialize};
@@ -78,7 +79,7 @@ pub(super) async fn sync(
         SyncSubscriptions::Synced(synced) => {
             // Some of them may have brought rules, which the workers keep with the connection.
             if synced.created + synced.updated > 0 {
-                api.hints.connection_changed(connection).await;
+                api.hints.notify(Hint::ConnectionChanged(connection)).await;
             }
             Ok(Answer(SyncResult {
                 created: synced.created,

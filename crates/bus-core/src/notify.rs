@@ -1,0 +1,169 @@
+//! Hints: what one process tells the others so that they need not wait for their next look.
+//!
+//! A hint saves latency and nothing else. Whoever listens also looks by itself from time to time, so that a
+//! transport which is away, or a hint which is lost, delays but never stops.
+
+mod compose;
+mod memory;
+mod nats;
+mod outgoing;
+mod polling;
+mod postgres;
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use futures::{StreamExt as _, stream::BoxStream};
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+pub use self::{
+    compose::Compose, memory::MemoryNotifier, nats::NatsNotifier, polling::Polling,
+    postgres::PostgresNotifier,
+};
+use crate::{
+    config::{Common, NotifyStrategy},
+    ids::{ConnectionId, DeliveryId},
+    nats::{Nats, NatsError},
+};
+
+/// An idle scheduler looks this often for deliveries that are due. Whoever stores one that is due sooner
+/// sends [`Hint::Due`].
+pub const DUE_IDLE: Duration = Duration::from_secs(5);
+
+/// Something that happened elsewhere. It may come twice, late, or not at all; nothing may depend on it but
+/// latency.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Hint {
+    /// A connection was changed or deleted.
+    ConnectionChanged(ConnectionId),
+    /// A delivery was acknowledged or cancelled through the API: workers that hold it drop it.
+    Closed(DeliveryId),
+    /// A stored delivery became due, or will be within [`DUE_IDLE`].
+    Due,
+    /// The queue of the Postgres backend has something new.
+    Enqueued,
+    /// Hints may have been lost: whatever was kept in memory on their strength is to be read again.
+    Missed,
+}
+
+/// One line, the same on every transport: `connection <uuid>`, `closed <uuid>`, `due`, `enqueued`, `missed`.
+impl fmt::Display for Hint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ConnectionChanged(id) => write!(f, "connection {id}"),
+            Self::Closed(id) => write!(f, "closed {id}"),
+            Self::Due => f.write_str("due"),
+            Self::Enqueued => f.write_str("enqueued"),
+            Self::Missed => f.write_str("missed"),
+        }
+    }
+}
+
+impl Hint {
+    /// Reads a hint. `None` for one that this version does not know, which is to be ignored: versions that
+    /// know more may run beside it, and may also add words to a line.
+    pub fn parse(line: &str) -> Option<Self> {
+        let mut words = line.split_whitespace();
+        match words.next()? {
+            "connection" => words.next()?.parse().ok().map(Self::ConnectionChanged),
+            "closed" => words.next()?.parse().ok().map(Self::Closed),
+            "due" => Some(Self::Due),
+            "enqueued" => Some(Self::Enqueued),
+            "missed" => Some(Self::Missed),
+            _ => None,
+        }
+    }
+}
+
+/// Sends and receives hints.
+#[async_trait]
+pub trait Notifier: Send + Sync + fmt::Debug {
+    /// Tells everyone who listens, this process included. Best effort, and never a wait for a transport that
+    /// is away: a failure is logged, not returned.
+    async fn notify(&self, hint: Hint);
+
+    /// The hints from now on; never ends. The first is [`Hint::Missed`], and another one follows whenever
+    /// hints may have been lost, also once a transport that was away is there.
+    fn listen(&self) -> BoxStream<'static, Hint>;
+
+    /// Waits, for at most two seconds, until the hints so far are sent. For the end of a process.
+    async fn flush(&self);
+}
+
+/// Calls `wake` for each `wanted` hint and for each [`Hint::Missed`]. Never ends.
+pub async fn wake_on(notifier: Arc<dyn Notifier>, wanted: Hint, wake: impl Fn() + Send) {
+    let mut hints = notifier.listen();
+    while let Some(hint) = hints.next().await {
+        if hint == wanted || hint == Hint::Missed {
+            wake();
+        }
+    }
+}
+
+/// The notifier that the configuration asks for. `nats` is the connection of the backend, if it has one; a
+/// strategy that needs one opens its own otherwise. Returns without waiting for a server.
+pub async fn connect(
+    common: &Common,
+    pool: &PgPool,
+    nats: Option<Nats>,
+    role: &'static str,
+    stop: CancellationToken,
+) -> Result<Arc<dyn Notifier>, NatsError> {
+    let over_nats = async || {
+        let nats = match nats {
+            Some(nats) => nats,
+            None => Nats::connect(&common.nats, &common.prefix, role).await?,
+        };
+        Ok::<Arc<dyn Notifier>, NatsError>(Arc::new(NatsNotifier::new(nats)))
+    };
+    let over_postgres =
+        || -> Arc<dyn Notifier> { Arc::new(PostgresNotifier::new(pool.clone(), &common.prefix, stop)) };
+    Ok(match common.notify_strategy() {
+        NotifyStrategy::Polling => Arc::new(Polling::new(Duration::from_millis(common.notify.poll_ms))),
+        NotifyStrategy::Nats => over_nats().await?,
+        NotifyStrategy::Postgres => over_postgres(),
+        NotifyStrategy::Auto | NotifyStrategy::Compose => {
+            Arc::new(Compose::new(vec![over_nats().await?, over_postgres()]))
+        }
+        NotifyStrategy::Memory => Arc::new(MemoryNotifier::default()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn any_hint() -> impl Strategy<Value = Hint> {
+        let id = any::<u128>().prop_map(Uuid::from_u128);
+        prop_oneof![
+            id.clone().prop_map(|id| Hint::ConnectionChanged(id.into())),
+            id.prop_map(|id| Hint::Closed(id.into())),
+            Just(Hint::Due),
+            Just(Hint::Enqueued),
+            Just(Hint::Missed),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(hint in any_hint(), more in "( [a-z]{0,8}){0,2}") {
+            prop_assert_eq!(Hint::parse(&hint.to_string()), Some(hint));
+            prop_assert_eq!(Hint::parse(&format!("{hint}{more}")), Some(hint), "a later version may say more");
+            prop_assert!(!hint.to_string().contains('\n'));
+        }
+
+        #[test]
+        fn garbage_is_no_hint(line in "\\PC{0,80}", word in "connection|closed|due|paused|") {
+            let known = ["connection", "closed", "due", "enqueued", "missed"];
+            let read = Hint::parse(&line);
+            prop_assert!(read.is_none() || known.contains(&line.split_whitespace().next().unwrap()));
+            let _ = Hint::parse(&format!("{word} {line}"));
+        }
+    }
+}
