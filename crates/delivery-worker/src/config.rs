@@ -143,7 +143,7 @@ mod tests {
                 environment.map(|(name, value)| (name.to_owned(), value.to_owned())),
             )
             .unwrap_or_else(|refused| panic!("{}", Chain(&refused)));
-            loaded.role.longest_gathering(&loaded.common)
+            loaded.config.longest_gathering(&loaded.common)
         };
         assert_eq!(longest("60000"), Duration::from_secs(5));
         assert_eq!(longest("36500"), Duration::from_millis(1_500));
