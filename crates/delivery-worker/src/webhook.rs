@@ -213,7 +213,7 @@ impl WebhookSink {
                 received.body.extend_from_slice(data);
             }
         }
-        let body = (complete && received.body.len() <= self.max_answer_bytes).then_some(&received.body[..]);
+        let body = complete.then_some(&received.body[..]);
         Ok(Answer::read(&HttpAnswer { status: *status, headers, body, at }))
     }
 }

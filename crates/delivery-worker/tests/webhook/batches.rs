@@ -1,5 +1,7 @@
 //! Several deliveries in one request, and answers that speak of each of them.
 
+use std::time::Duration;
+
 use bus_core::{
     cloudevent::{Limits, Submission, parse_http},
     connection::{ContentMode, Target},
@@ -10,7 +12,6 @@ use bus_core::{
 use bytes::Bytes;
 use delivery_worker::webhook::{SinkConfig, WebhookSink};
 use jiff::SignedDuration;
-use std::time::Duration;
 use uuid::Uuid;
 
 use crate::{EVENT, SECRET, at, attempt, connection, delivery, on_loopback, server::Server, sink, webhook};
