@@ -239,7 +239,7 @@ impl Deliverer {
         let last = LastAttempt {
             status: report.status,
             body: Some(report.answer.clone()),
-            error: explanation(&report.outcome),
+            error: report.outcome.reason(),
             at: Some(at),
             duration: Some(report.duration),
         };
@@ -325,15 +325,6 @@ impl Deliverer {
     }
 }
 
-/// What history and dead letters show of an attempt that did not succeed.
-fn explanation(outcome: &Outcome) -> Option<String> {
-    match outcome {
-        Outcome::Delivered => None,
-        Outcome::Deferred { why, .. } => Some(why.clone()),
-        Outcome::Failed { failure, .. } => Some(failure.to_string()),
-    }
-}
-
 fn receipt(
     key: &DeliveryKey,
     progress: Progress,
@@ -351,7 +342,7 @@ fn receipt(
         connection: key.connection,
         outcome,
         status: report.status,
-        error: explanation(&report.outcome),
+        error: report.outcome.reason(),
         at,
         duration_ms: u32::try_from(report.duration.as_millis()).unwrap_or(u32::MAX),
     }

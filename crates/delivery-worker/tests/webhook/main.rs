@@ -68,7 +68,7 @@ fn delivery(body: &[u8]) -> Delivery {
         connection: Uuid::from_u128(1).into(),
         connection_version: 1,
     };
-    Delivery { key, attempts: 0, body: Bytes::copy_from_slice(body) }
+    Delivery { key, body: Bytes::copy_from_slice(body) }
 }
 
 /// The development stack's configuration: loopback is allowed.
