@@ -361,7 +361,7 @@ pub(super) async fn change(
             if says_rules {
                 api.hints.connection_changed(subscription.connection).await;
             }
-            Ok(Answer(subscription.into()))
+            Ok(Answer((*subscription).into()))
         }
         ChangeSubscription::NotFound => Err(Problem::not_found()),
         ChangeSubscription::Identical => Err(Problem::new(
