@@ -28,7 +28,7 @@ async fn a_webhook_is_created_read_changed_and_deleted() {
     let expected = json!({
         "id": created.id(), "name": "orders", "kind": "webhook", "enabled": true, "url": URL,
         "headers": { "x-api-key": "***", "x-env": "test" }, "timeoutMs": 15000, "contentMode": "structured",
-        "createdAt": created.text("/createdAt"), "updatedAt": created.text("/updatedAt"),
+        "finalStatuses": [], "createdAt": created.text("/createdAt"), "updatedAt": created.text("/updatedAt"),
     });
     assert_eq!(shown, expected);
     assert_eq!(api.get(&path).await.expect(200).body, expected, "never again with the secret");
@@ -184,17 +184,22 @@ async fn what_cannot_be_used_is_pointed_at() {
 
     let given = json!({
         "name": "p", "kind": "publisher", "url": URL, "headers": {}, "timeoutMs": 1000, "contentMode": "binary",
-        "secret": SECRET,
+        "finalStatuses": [], "secret": SECRET,
     });
-    let all = ["/url", "/headers", "/timeoutMs", "/contentMode", "/secret"];
+    let all = ["/url", "/headers", "/timeoutMs", "/contentMode", "/finalStatuses", "/secret"];
     assert_eq!(pointers(&tenant.api.post("/v1/connections", given).await), all);
     let publisher = format!("/v1/connections/{}", tenant.publisher("p").await);
     let shown = tenant.api.get(&publisher).await.expect(200);
     let members: Vec<_> = shown.body.as_object().unwrap().keys().map(String::as_str).collect();
     assert_eq!(members, ["createdAt", "enabled", "id", "kind", "name", "updatedAt"]);
     assert_eq!(
-        pointers(&tenant.api.patch(&publisher, json!({ "url": URL, "secret": null })).await),
-        ["/url", "/secret"]
+        pointers(
+            &tenant
+                .api
+                .patch(&publisher, json!({ "url": URL, "finalStatuses": [404], "secret": null }))
+                .await
+        ),
+        ["/url", "/finalStatuses", "/secret"]
     );
     assert_eq!(pointers(&tenant.api.patch(&publisher, json!({ "kind": "webhook" })).await), ["/kind"]);
 

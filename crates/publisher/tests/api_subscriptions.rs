@@ -20,7 +20,7 @@ async fn a_subscription_is_created_once() {
     assert_eq!(created.headers["location"], path.as_str());
     let expected = json!({
         "id": created.id(), "connectionId": connection, "eventType": "order.created", "publisher": null,
-        "filter": null, "enabled": true,
+        "filter": null, "retryPolicy": null, "batch": null, "enabled": true,
         "createdAt": created.text("/createdAt"), "updatedAt": created.text("/updatedAt"),
     });
     assert_eq!(created.body, expected);

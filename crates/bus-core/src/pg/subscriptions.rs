@@ -77,7 +77,7 @@ pub enum CreateSubscription {
 #[derive(Debug, Clone)]
 pub enum ChangeSubscription<E> {
     /// It is stored as it shall be.
-    Stored(Subscription),
+    Stored(Box<Subscription>),
     /// There is no such subscription.
     NotFound,
     /// Another subscription of the connection is like that already.
@@ -317,7 +317,7 @@ pub async fn change_subscription<E>(
         && !new_rules
         && (&event_type, &publisher, &filter) == (&identity.0, &identity.1, &identity.2)
     {
-        return Ok(ChangeSubscription::Stored(found));
+        return Ok(ChangeSubscription::Stored(Box::new(found)));
     }
     // A publisher that was deleted since is let be, unless it is what changes.
     let publishers = after.publisher.filter(|_| publisher != identity.1);
@@ -362,7 +362,7 @@ pub async fn change_subscription<E>(
     }
     bump_organization(&mut transaction, organization).await?;
     transaction.commit().await.during("commit a changed subscription")?;
-    Ok(ChangeSubscription::Stored(row.try_into()?))
+    Ok(ChangeSubscription::Stored(Box::new(row.try_into()?)))
 }
 
 /// Deletes a subscription; its row stays, so that history can name it. `only` hides those of all other

@@ -60,8 +60,8 @@ pub(super) struct NewConnectionBody {
     timeout_ms: Option<u64>,
     /// `structured` if absent.
     content_mode: Option<ContentModeName>,
-    /// Answers of a webhook with one of these HTTP statuses are final: such a delivery is not tried again.
-    /// Distinct; none if absent.
+    /// Answers of a webhook with one of these HTTP statuses (300 to 599, distinct) are final: such a
+    /// delivery is not tried again. None if absent.
     #[schema(max_items = 50)]
     final_statuses: Option<Vec<u16>>,
     /// Signs every request (Standard Webhooks): `whsec_` and the Base64 of 24 to 64 bytes. Generated if

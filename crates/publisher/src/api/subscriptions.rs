@@ -362,7 +362,7 @@ pub(super) async fn change(
             if says_rules {
                 api.hints.notify(Hint::ConnectionChanged(subscription.connection)).await;
             }
-            Ok(Answer(subscription.into()))
+            Ok(Answer((*subscription).into()))
         }
         ChangeSubscription::NotFound => Err(Problem::not_found()),
         ChangeSubscription::Identical => Err(Problem::new(

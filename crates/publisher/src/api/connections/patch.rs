@@ -47,7 +47,7 @@ pub(in crate::api) struct ConnectionPatch {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<ContentModeName>)]
     content_mode: Option<Option<ContentModeName>>,
-    /// All of them; `null` for none.
+    /// All of them, 300 to 599, distinct; `null` for none.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<Vec<u16>>, max_items = 50)]
     final_statuses: Option<Option<Vec<u16>>>,

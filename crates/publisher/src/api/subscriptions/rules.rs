@@ -9,8 +9,8 @@ use utoipa::ToSchema;
 
 use crate::api::{extract::present, problem::FieldError};
 
-/// When a delivery of this subscription is tried again, where that differs from the bus's own policy:
-/// either an exponential back-off or a list of waits. What is absent is as in the bus's own.
+/// When failed deliveries are tried again, where that differs from the bus's own policy: by an exponential
+/// back-off or by a list of waits. What is absent is as in the bus's own
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schema(as = RetryPolicy)]
@@ -35,8 +35,8 @@ pub(in crate::api) struct RetryPolicyBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 1)]
     jitter: Option<f64>,
-    /// The waits themselves, milliseconds, before jitter; there is one attempt more than waits. Takes the
-    /// place of all the others but `jitter`.
+    /// The waits themselves, milliseconds up to 86400000 each, before jitter; there is one attempt more than
+    /// waits. Takes the place of all the others but `jitter`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(min_items = 1, max_items = 100)]
     delays_ms: Option<Vec<u64>>,
