@@ -4,6 +4,7 @@
 //! clocks of two machines may disagree, and only the database's is shared.
 
 mod connections;
+mod dead_letters;
 mod deliveries;
 mod events;
 mod history;
@@ -12,6 +13,7 @@ mod organizations;
 mod outbox;
 mod partitions;
 mod publish;
+mod replays;
 mod snapshot;
 mod subscriptions;
 
@@ -24,8 +26,8 @@ use sqlx::{
 };
 
 pub use self::{
-    connections::*, deliveries::*, events::*, history::*, keys::*, organizations::*, outbox::*,
-    partitions::*, publish::*, snapshot::*, subscriptions::*,
+    connections::*, dead_letters::*, deliveries::*, events::*, history::*, keys::*, organizations::*,
+    outbox::*, partitions::*, publish::*, replays::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
 

@@ -407,6 +407,9 @@ impl Lease for MessageLease {
     }
 }
 
+/// What the hint of a closed delivery starts with.
+const CLOSED: &str = "closed:";
+
 #[async_trait]
 impl Hints for Nats {
     async fn connection_changed(&self, connection: ConnectionId) {
@@ -416,13 +419,23 @@ impl Hints for Nats {
         }
     }
 
+    async fn closed(&self, delivery: DeliveryId) {
+        let payload = format!("{CLOSED}{delivery}").into();
+        if let Err(failed) = self.client.publish(self.names.wake_connection(), payload).await {
+            warn!(error = %Chain(&failed), delivery.id = %delivery, "The workers learn of a closed delivery late");
+        }
+    }
+
     async fn listen(&self) -> BoxStream<'static, Hint> {
         let missed = changes(self.epoch()).map(|()| Hint::Missed);
         let changed = match self.client.subscribe(self.names.wake_connection()).await {
             Ok(changed) => changed
                 .filter_map(|message| async move {
-                    let id = std::str::from_utf8(&message.payload).ok()?.parse().ok()?;
-                    Some(Hint::ConnectionChanged(id))
+                    let text = std::str::from_utf8(&message.payload).ok()?;
+                    match text.strip_prefix(CLOSED) {
+                        Some(id) => id.parse().ok().map(Hint::Closed),
+                        None => text.parse().ok().map(Hint::ConnectionChanged),
+                    }
                 })
                 .boxed(),
             Err(failed) => {

@@ -180,6 +180,9 @@ pub trait Hints: Send + Sync + fmt::Debug {
     /// Tells the workers that a connection changed. Best effort: a failure is logged, not returned.
     async fn connection_changed(&self, connection: ConnectionId);
 
+    /// Tells the workers that a delivery was closed. Best effort: a failure is logged, not returned.
+    async fn closed(&self, delivery: DeliveryId);
+
     /// The hints from now on; never ends. The first is [`Hint::Missed`].
     async fn listen(&self) -> BoxStream<'static, Hint>;
 }

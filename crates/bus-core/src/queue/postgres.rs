@@ -300,6 +300,9 @@ impl PostgresHints {
     }
 }
 
+/// What the hint of a closed delivery starts with.
+const CLOSED: &str = "closed:";
+
 #[async_trait]
 impl Hints for PostgresHints {
     async fn connection_changed(&self, connection: ConnectionId) {
@@ -313,12 +316,24 @@ impl Hints for PostgresHints {
         }
     }
 
+    async fn closed(&self, delivery: DeliveryId) {
+        let sent = sqlx::query("SELECT pg_notify($1, $2)")
+            .bind(&self.channel)
+            .bind(format!("{CLOSED}{delivery}"))
+            .execute(&self.pool)
+            .await;
+        if let Err(failed) = sent {
+            warn!(error = %Chain(&failed), delivery.id = %delivery, "The workers learn of a closed delivery late");
+        }
+    }
+
     async fn listen(&self) -> BoxStream<'static, Hint> {
+        let hint = |payload: String| match payload.strip_prefix(CLOSED) {
+            Some(id) => id.parse().ok().map(Hint::Closed),
+            None => payload.parse().ok().map(Hint::ConnectionChanged),
+        };
         listen(self.pool.clone(), self.channel.clone())
-            .map(|payload| match payload.and_then(|payload| payload.parse().ok()) {
-                Some(connection) => Hint::ConnectionChanged(connection),
-                None => Hint::Missed,
-            })
+            .map(move |payload| payload.and_then(hint).unwrap_or(Hint::Missed))
             .boxed()
     }
 }
