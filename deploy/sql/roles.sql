@@ -26,6 +26,7 @@ GRANT SELECT ON delivery_attempts TO bus_publisher;
 -- Acknowledgements and cancellations.
 GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_publisher;
 GRANT DELETE ON delivery_queue TO bus_publisher;
+GRANT SELECT, INSERT, UPDATE, DELETE ON replays TO bus_publisher;
 
 GRANT SELECT ON connections, subscriptions, events TO bus_worker;
 GRANT EXECUTE ON FUNCTION disable_connection(uuid, uuid, bigint, text) TO bus_worker;
@@ -36,6 +37,11 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON delivery_queue TO bus_worker;
 GRANT SELECT ON events TO bus_scheduler;
 GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_scheduler;
 GRANT SELECT, INSERT, UPDATE ON delivery_queue TO bus_scheduler;
+-- Replays match again; nothing of that needs a connection's secret.
+GRANT SELECT, UPDATE ON replays TO bus_scheduler;
+GRANT SELECT ON subscriptions TO bus_scheduler;
+GRANT SELECT (id, version) ON organizations TO bus_scheduler;
+GRANT SELECT (id, version, enabled, deleted_at) ON connections TO bus_scheduler;
 
 GRANT SELECT, INSERT ON delivery_attempts TO bus_archiver;
 -- UPDATE is what SELECT … FOR UPDATE asks for.

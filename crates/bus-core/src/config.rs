@@ -181,7 +181,7 @@ pub struct ShutdownConfig {
 
 /// Every top-level key of any role. One file or one environment may serve all binaries, so a section
 /// that belongs to another role is accepted; a name that belongs to none is refused.
-const KNOWN: [&str; 16] = [
+const KNOWN: [&str; 17] = [
     "backend",
     "prefix",
     "lanes",
@@ -195,6 +195,7 @@ const KNOWN: [&str; 16] = [
     "http",
     "admin_token",
     "publish",
+    "replay",
     "sink",
     "worker",
     "maintenance",

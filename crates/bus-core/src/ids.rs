@@ -69,12 +69,24 @@ id!(
     /// One publish transaction's unfinished fan-out.
     OutboxId
 );
+id!(
+    /// A job that brings deliveries back, or discards dead letters.
+    ReplayId
+);
 
 impl DeliveryId {
     /// The delivery of `event` to `subscription`: a UUIDv5 (RFC 9562 §5.5) of the two, so that
     /// whoever fans an event out, and however often, names each delivery alike (invariant I9).
     pub fn derive(event: EventUid, subscription: SubscriptionId) -> Self {
         Self(Uuid::new_v5(&event.0, subscription.0.as_bytes()))
+    }
+}
+
+impl EventUid {
+    /// When the event arrived, milliseconds: a uid is a UUIDv7.
+    pub fn received_at(self) -> Option<Timestamp> {
+        let (seconds, nanos) = self.0.get_timestamp()?.to_unix();
+        Timestamp::new(i64::try_from(seconds).ok()?, i32::try_from(nanos).ok()?).ok()
     }
 }
 

@@ -123,6 +123,11 @@ impl Snapshot {
             .collect()
     }
 
+    /// The subscription of that id.
+    pub fn candidate(&self, id: SubscriptionId) -> Option<&Candidate> {
+        self.candidates.iter().find(|candidate| candidate.subscription == id)
+    }
+
     /// How many subscriptions [`matching`](Self::matching) looks at for an event of that type.
     pub fn candidates(&self, event_type: &str) -> usize {
         self.indexed(event_type).map(Vec::len).sum()

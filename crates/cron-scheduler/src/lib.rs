@@ -1,8 +1,9 @@
 //! The cron scheduler: everything that the clock drives. Now: parked retries return to the queue when
-//! they are due.
+//! they are due, and replays are worked off at their rate.
 //!
 //! Any number of replicas share the work; due is the database's time.
 
+mod replays;
 mod returns;
 
 use std::sync::Arc;
@@ -17,12 +18,17 @@ use bus_core::{
 use serde::Deserialize;
 use tokio::sync::Notify;
 
-pub use self::returns::return_due;
 use self::returns::{IDLE, LEASE_S};
+pub use self::{
+    replays::{replay_chunk, replay_due},
+    returns::return_due,
+};
 
 /// What this binary is.
-pub const ROLE: Role =
-    Role { name: "cron-scheduler", about: "Returns parked deliveries to the queue when they are due" };
+pub const ROLE: Role = Role {
+    name: "cron-scheduler",
+    about: "Returns parked deliveries to the queue when they are due, and works off replays",
+};
 
 /// The scheduler has nothing of its own to configure yet.
 #[derive(Debug, Clone, Deserialize)]
@@ -47,12 +53,19 @@ pub async fn run(ctx: Ctx<SchedulerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
     let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let beat = ctx.health.heartbeat("parked deliveries", IDLE * 12);
-    let due = Arc::new(Notify::new());
-    let wake = Arc::clone(&due);
-    let following = notify::wake_on(Arc::clone(&transport.hints), Hint::Due, move || wake.notify_one());
+    let (due, wanted) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let wake = [Arc::clone(&due), Arc::clone(&wanted)];
+    let following = notify::wake_on(Arc::clone(&transport.hints), Hint::Due, move || {
+        wake.iter().for_each(|one| one.notify_one());
+    });
     ctx.tasks.spawn(ctx.stop.clone().run_until_cancelled_owned(following));
     let queue = Arc::clone(&transport.queue);
-    ctx.spawn("parked deliveries", returns::run(pool, queue, due, beat, ctx.stop.clone()));
+    ctx.spawn(
+        "parked deliveries",
+        returns::run(pool.clone(), queue, Arc::clone(&due), beat, ctx.stop.clone()),
+    );
+    let beat = ctx.health.heartbeat("replays", IDLE * 12);
+    ctx.spawn("replays", replays::run(pool, wanted, due, beat, ctx.stop.clone()));
     ctx.stop.cancelled().await;
     ctx.tasks.close();
     ctx.tasks.wait().await;

@@ -27,7 +27,7 @@ use tracing::{debug, warn};
 pub(crate) const IDLE: Duration = DUE_IDLE;
 
 /// The shortest sleep between two looks that found nothing to do, however many hints come.
-const SHORTEST: Duration = Duration::from_millis(20);
+pub(crate) const SHORTEST: Duration = Duration::from_millis(20);
 
 /// After an error.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -63,7 +63,7 @@ pub(crate) async fn run(
 
 /// Waits until there may be something to do: `idle`, or shorter if something became due. All that was
 /// announced since the last look is one reason to look again.
-async fn rest(idle: Duration, due: &Notify) {
+pub(crate) async fn rest(idle: Duration, due: &Notify) {
     let shortest = idle.min(SHORTEST);
     sleep(shortest).await;
     // Either way the answer is the same: look again.

@@ -2,7 +2,10 @@
 
 use std::net::SocketAddr;
 
-use bus_core::config::{Common, RoleConfig};
+use bus_core::{
+    config::{Common, RoleConfig},
+    pg::MAX_PER_SECOND,
+};
 use ipnet::IpNet;
 use secrecy::SecretString;
 use serde::Deserialize;
@@ -19,6 +22,16 @@ pub struct PublisherConfig {
     pub publish: PublishConfig,
     /// What the API must know of the sinks.
     pub sink: SinkRules,
+    /// Replays.
+    pub replay: ReplayConfig,
+}
+
+/// Replays.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReplayConfig {
+    /// How many deliveries of a job come back in a second, unless its request says so; 1–10,000.
+    pub per_second: u32,
 }
 
 /// The API's port.
@@ -79,6 +92,9 @@ impl RoleConfig for PublisherConfig {
             return Some(
                 "publish.committers, publish.fan_outs and publish.max_group must be at least 1".into(),
             );
+        }
+        if !(1..=MAX_PER_SECOND).contains(&self.replay.per_second) {
+            return Some(format!("replay.per_second must be between 1 and {MAX_PER_SECOND}"));
         }
         if publish.max_event_bytes > publish.max_body_bytes {
             return Some("publish.max_event_bytes must not exceed publish.max_body_bytes".into());

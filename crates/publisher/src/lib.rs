@@ -80,6 +80,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         pool,
         snapshots,
         ingest,
+        queue: transport.queue.clone(),
         hints: transport.hints.clone(),
         addresses: AddressPolicy::new(ctx.config.sink.allow_cidrs.clone()),
         admin_token: ctx
@@ -88,6 +89,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
             .as_ref()
             .map(|token| Sha256::digest(token.expose_secret().as_bytes()).into()),
         limits: Limits { max_batch: publish.max_batch, max_event_bytes: publish.max_event_bytes },
+        replays_per_second: ctx.config.replay.per_second,
         max_body_bytes: publish.max_body_bytes,
         clock: Arc::clone(&ctx.clock),
         ids: Arc::clone(&ctx.ids),

@@ -2,7 +2,10 @@
 
 use std::{ops::Deref, sync::Arc};
 
-use bus_core::{address::AddressPolicy, clock::Clock, cloudevent::Limits, ids::Ids, notify::Notifier};
+use bus_core::{
+    address::AddressPolicy, clock::Clock, cloudevent::Limits, ids::Ids, notify::Notifier,
+    queue::DeliveryQueue,
+};
 use sqlx::PgPool;
 
 use crate::{ingest::Ingest, snapshots::Snapshots};
@@ -19,6 +22,8 @@ pub struct Inner {
     pub snapshots: Snapshots,
     /// The way into the bus.
     pub ingest: Ingest,
+    /// Where deliveries wait for a worker.
+    pub queue: Arc<dyn DeliveryQueue>,
     /// Tells the workers what changed.
     pub hints: Arc<dyn Notifier>,
     /// Which addresses a webhook may have.
@@ -27,6 +32,8 @@ pub struct Inner {
     pub admin_token: Option<[u8; 32]>,
     /// What a publish request may contain.
     pub limits: Limits,
+    /// How many deliveries of a replay come back in a second, unless the request says so.
+    pub replays_per_second: u32,
     /// The most bytes of a request's body.
     pub max_body_bytes: usize,
     /// The time.

@@ -296,7 +296,7 @@ fn cut_at_bytes(rows: &mut Vec<EventRow>) -> bool {
 
 /// The pattern as a regular expression of Postgres ("advanced", without back references, so that its
 /// time is linear in the text).
-fn pattern_regex(pattern: &TypePattern) -> String {
+pub(super) fn pattern_regex(pattern: &TypePattern) -> String {
     let mut regex = String::from("^");
     for (index, token) in pattern.as_str().split('.').enumerate() {
         if index > 0 {

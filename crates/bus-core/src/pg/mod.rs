@@ -4,6 +4,7 @@
 //! clocks of two machines may disagree, and only the database's is shared.
 
 mod connections;
+mod dead_letters;
 mod deliveries;
 mod events;
 mod history;
@@ -13,6 +14,7 @@ mod outbox;
 mod partitions;
 mod publish;
 mod receivers;
+mod replays;
 mod snapshot;
 mod subscriptions;
 
@@ -25,8 +27,8 @@ use sqlx::{
 };
 
 pub use self::{
-    connections::*, deliveries::*, events::*, history::*, keys::*, organizations::*, outbox::*,
-    partitions::*, publish::*, receivers::*, snapshot::*, subscriptions::*,
+    connections::*, dead_letters::*, deliveries::*, events::*, history::*, keys::*, organizations::*,
+    outbox::*, partitions::*, publish::*, receivers::*, replays::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
 

@@ -16,6 +16,15 @@ pub async fn load_snapshot(
     connection: &mut PgConnection,
     organization: OrganizationId,
 ) -> Result<Snapshot, StoreError> {
+    load_snapshot_of(connection, organization, None).await
+}
+
+/// Reads the live subscriptions of an organization: all, or only one.
+pub async fn load_snapshot_of(
+    connection: &mut PgConnection,
+    organization: OrganizationId,
+    only: Option<SubscriptionId>,
+) -> Result<Snapshot, StoreError> {
     const OPERATION: &str = "load an organization's subscriptions";
     // The version first: whatever changes between the two statements makes the snapshot newer than its
     // version says, which costs one more load and never a missed subscription.
@@ -25,10 +34,11 @@ pub async fn load_snapshot(
                 s.event_type, s.publisher, s.filter
          FROM subscriptions s
          JOIN connections c ON c.id = s.connection_id AND c.deleted_at IS NULL
-         WHERE s.organization_id = $1 AND s.deleted_at IS NULL
+         WHERE s.organization_id = $1 AND ($2::uuid IS NULL OR s.id = $2) AND s.deleted_at IS NULL
          ORDER BY s.id",
     )
     .bind(organization.0)
+    .bind(only.map(|id| id.0))
     .fetch_all(&mut *connection)
     .await
     .during(OPERATION)?;

@@ -7,7 +7,7 @@ use axum::extract::FromRequestParts;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bus_core::{
     ids::{ConnectionId, KeyId, OrganizationId},
-    pg::{self, Credential, Scope, Scopes},
+    pg::{self, Credential, Scope, Scopes, Whose},
 };
 use http::{HeaderMap, header::AUTHORIZATION, request::Parts};
 use moka::future::Cache;
@@ -57,6 +57,11 @@ impl Principal {
     /// see all. An `admin` key could make itself an unbound one, so a bound one is not restricted.
     pub fn restricted_to(&self) -> Option<ConnectionId> {
         self.connection.filter(|_| !self.scopes.contains(Scope::Admin))
+    }
+
+    /// Whose deliveries this principal may see and change.
+    pub fn whose(&self) -> Whose {
+        Whose { organization: self.organization, only: self.restricted_to() }
     }
 
     /// Whether this principal may see that connection, if its organization has it.

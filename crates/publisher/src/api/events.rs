@@ -1,6 +1,6 @@
 //! Publishing.
 
-mod idempotency;
+pub(super) mod idempotency;
 
 use axum::{
     Json as Answer,

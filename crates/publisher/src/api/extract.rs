@@ -124,11 +124,28 @@ pub(super) async fn read_json<T: DeserializeOwned>(
     limit: usize,
 ) -> Result<T, Problem> {
     let (parts, body) = request.into_parts();
-    if !media_types.contains(&media_type(&parts.headers).as_str()) {
-        let detail = format!("send the body with Content-Type {}", media_types.join(" or "));
-        return Err(Problem::new(ProblemType::UnsupportedMediaType, detail));
-    }
+    check_media_type(&parts.headers, media_types)?;
     decode(&read_body(&api.room, &parts.headers, body, limit).await?.bytes)
+}
+
+/// Reads a JSON body of at most [`MAX_JSON`] bytes, where none at all is as good as `{}`. A body needs its
+/// media type.
+pub(super) async fn read_optional_json(api: &Api, request: Request) -> Result<Bytes, Problem> {
+    let (parts, body) = request.into_parts();
+    let received = read_body(&api.room, &parts.headers, body, MAX_JSON).await?;
+    if received.bytes.is_empty() {
+        return Ok(Bytes::from_static(b"{}"));
+    }
+    check_media_type(&parts.headers, &[JSON])?;
+    Ok(received.bytes)
+}
+
+fn check_media_type(headers: &HeaderMap, allowed: &[&str]) -> Result<(), Problem> {
+    if allowed.contains(&media_type(headers).as_str()) {
+        return Ok(());
+    }
+    let detail = format!("send the body with Content-Type {}", allowed.join(" or "));
+    Err(Problem::new(ProblemType::UnsupportedMediaType, detail))
 }
 
 /// Reads a JSON text: 400 if it is not JSON, 422 with a pointer if it does not fit `T`.
@@ -183,6 +200,17 @@ impl<T: DeserializeOwned, const MAX: usize> FromRequest<Api> for Json<T, MAX> {
 
     async fn from_request(request: Request, api: &Api) -> Result<Self, Problem> {
         read_json(api, request, &[JSON], MAX).await.map(Self)
+    }
+}
+
+/// A JSON body, where none at all is as good as `{}`.
+pub(super) struct OptionalJson<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequest<Api> for OptionalJson<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, api: &Api) -> Result<Self, Problem> {
+        decode(&read_optional_json(api, request).await?).map(Self)
     }
 }
 

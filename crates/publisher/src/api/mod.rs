@@ -1,7 +1,9 @@
 //! The HTTP API.
 
+mod acks;
 pub mod auth;
 mod connections;
+mod dead_letters;
 mod deliveries;
 mod drain;
 mod events;
@@ -14,6 +16,7 @@ mod openapi;
 mod organizations;
 mod page;
 pub mod problem;
+mod replays;
 mod subscriptions;
 mod sync;
 
@@ -26,7 +29,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use http::{HeaderValue, header::CONTENT_TYPE};
+use http::{HeaderValue, StatusCode, header::CONTENT_TYPE};
 use tokio::sync::Semaphore;
 use tower_http::catch_panic::CatchPanicLayer;
 use utoipa::OpenApi as _;
@@ -92,12 +95,23 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(events::publish, history::list))
         .routes(routes!(history::get))
         .routes(routes!(deliveries::list))
+        .routes(routes!(acks::ack))
+        .routes(routes!(replays::replay_event))
+        .routes(routes!(dead_letters::list))
+        .routes(routes!(dead_letters::replay_many))
+        .routes(routes!(dead_letters::discard_many))
+        .routes(routes!(dead_letters::get, dead_letters::discard))
+        .routes(routes!(dead_letters::replay))
+        .routes(routes!(replays::list))
+        .routes(routes!(replays::get))
+        .routes(routes!(replays::cancel))
         .routes(routes!(connections::create, connections::list))
         .routes(routes!(connections::get, connections::change, connections::delete))
         .routes(routes!(sync::sync))
         .routes(routes!(subscriptions::create, subscriptions::list))
         .routes(routes!(subscriptions::get, subscriptions::change, subscriptions::delete))
         .routes(routes!(explain::explain))
+        .routes(routes!(replays::replay_subscription))
         .routes(routes!(organizations::create, organizations::list))
         .routes(routes!(organizations::get))
         .routes(routes!(keys::create, keys::list))
@@ -121,8 +135,17 @@ async fn document(State(api): State<Api>) -> Response {
 
 /// The answer to the creation of something: 201 with its address.
 fn created(path: &str, body: impl IntoResponse) -> Response {
+    located(StatusCode::CREATED, path, body)
+}
+
+/// The answer to the start of something that takes a while: 202 with the address where to follow it.
+fn accepted(path: &str, body: impl IntoResponse) -> Response {
+    located(StatusCode::ACCEPTED, path, body)
+}
+
+fn located(status: StatusCode, path: &str, body: impl IntoResponse) -> Response {
     let mut response = body.into_response();
-    *response.status_mut() = http::StatusCode::CREATED;
+    *response.status_mut() = status;
     let location = HeaderValue::try_from(path).expect("a path of ids is visible ASCII");
     response.headers_mut().insert(http::header::LOCATION, location);
     response

@@ -24,6 +24,8 @@ use super::problem::{FieldError, PROBLEM_JSON, ProblemBody, ProblemType};
     ),
     tags(
         (name = "events", description = "Publish events and read what became of them"),
+        (name = "dead-letters", description = "Deliveries that were given up"),
+        (name = "replays", description = "Jobs that bring deliveries back, or discard dead letters"),
         (name = "connections", description = "Who publishes, and where events go"),
         (name = "subscriptions", description = "What a connection receives"),
         (name = "admin", description = "Organizations and their API keys"),
@@ -140,4 +142,17 @@ problem_sets! {
         UnsupportedMediaType, InvalidFields, Overloaded;
     /// Reading an event.
     EventProblems = NotFound, AmbiguousEvent, InvalidFields;
+    /// Acknowledging an event.
+    AckProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, AmbiguousEvent, TooLarge,
+        UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Starting a job over many things.
+    JobProblems = MalformedRequest, MalformedJson, InvalidIdempotencyKey, RequestTimeout, LimitReached, TooLarge,
+        UnsupportedMediaType, InvalidFields, IdempotencyKeyReused, Overloaded;
+    /// Starting a job about a subscription.
+    SubscriptionJobProblems = MalformedRequest, MalformedJson, InvalidIdempotencyKey, NotFound, RequestTimeout,
+        LimitReached, TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused, Overloaded;
+    /// Starting a job about an event.
+    EventJobProblems = MalformedRequest, MalformedJson, InvalidIdempotencyKey, NotFound, RequestTimeout,
+        AmbiguousEvent, LimitReached, TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused,
+        Overloaded;
 }

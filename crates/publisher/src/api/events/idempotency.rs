@@ -16,22 +16,28 @@ const NAME: &str = "idempotency-key";
 /// The longest key, characters.
 const MAX_KEY: usize = 255;
 
-/// The request's idempotency key, if it has one, with the body's fingerprint.
+/// The idempotency key of a request to publish, if it has one, with the body's fingerprint.
 pub(super) fn read_idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<Idempotency>, Problem> {
+    let key = read_key(headers)?;
+    if key.is_some() && !is_plain_json(headers) {
+        return Err(refused(
+            "a CloudEvent is deduplicated by its source and id; send no Idempotency-Key with it",
+        ));
+    }
+    Ok(key.map(|key| Idempotency { key, fingerprint: Sha256::digest(body).into() }))
+}
+
+/// The request's idempotency key, if it has one.
+pub(in crate::api) fn read_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
     let mut values = headers.get_all(NAME).iter();
     let Some(value) = values.next() else { return Ok(None) };
     if values.next().is_some() {
         return Err(refused("send one Idempotency-Key"));
     }
-    if !is_plain_json(headers) {
-        return Err(refused(
-            "a CloudEvent is deduplicated by its source and id; send no Idempotency-Key with it",
-        ));
-    }
     let key = value.to_str().ok().and_then(parse).ok_or_else(|| {
         refused("an Idempotency-Key is a quoted string, or a token, of 1 to 255 printable ASCII characters")
     })?;
-    Ok(Some(Idempotency { key, fingerprint: Sha256::digest(body).into() }))
+    Ok(Some(key))
 }
 
 fn refused(detail: &str) -> Problem {
