@@ -42,7 +42,9 @@ pub struct LoopConfig {
 }
 
 impl RoleConfig for WorkerConfig {
-    const DEFAULTS: &'static str = include_str!("../defaults.toml");
+    fn defaults() -> Vec<&'static str> {
+        vec![include_str!("../defaults.toml")]
+    }
 
     fn problem(&self, common: &Common) -> Option<String> {
         let timeout = self.sink.max_timeout();

@@ -14,17 +14,18 @@ use futures::{
     stream::{self, BoxStream},
 };
 use jiff::{SignedDuration, Timestamp};
+use metrics::gauge;
 use sqlx::PgPool;
 use tokio::{
-    sync::Notify,
+    sync::{Notify, broadcast},
     time::{Instant, timeout},
 };
 
-use super::{Body, DeliveryQueue, Enqueue, Lease, Leased, QueueError};
+use super::{Body, DeliveryQueue, Enqueue, Hint, Hints, Lease, Leased, QueueError};
 use crate::{
     clock::Clock,
     delivery::{DeliveryKey, Progress},
-    ids::DeliveryId,
+    ids::{ConnectionId, DeliveryId},
     pg::{self, DeadLetter},
     receipt::Receipt,
 };
@@ -79,6 +80,11 @@ impl State {
     fn put(&mut self, entry: Entry) {
         self.visible.insert((entry.lane, entry.visible_at, entry.position), entry.key.id);
         self.entries.insert(entry.key.id, entry);
+    }
+
+    /// Nobody else can count what is in this process's memory.
+    fn report(&self) {
+        gauge!("bus_memory_queue_deliveries").set(self.entries.len() as f64);
     }
 
     fn take(&mut self, id: DeliveryId) -> Option<Entry> {
@@ -170,6 +176,7 @@ impl DeliveryQueue for MemoryQueue {
                 token: 0,
             });
         }
+        state.report();
         drop(state);
         self.wake.notify_waiters();
         Ok(())
@@ -201,6 +208,7 @@ impl DeliveryQueue for MemoryQueue {
         for id in deliveries {
             state.take(*id);
         }
+        state.report();
         Ok(())
     }
 
@@ -239,6 +247,7 @@ impl Lease for EntryLease {
         let mut state = self.queue.state();
         if state.entries.get(&self.delivery).is_some_and(|entry| entry.token == self.token) {
             state.take(self.delivery);
+            state.report();
         }
         Ok(())
     }
@@ -270,5 +279,37 @@ impl Lease for EntryLease {
         let visible_at = self.queue.after(self.queue.lease);
         self.queue.state().held(self.delivery, self.token, |entry| entry.visible_at = visible_at);
         Ok(())
+    }
+}
+
+/// Hints that a listener may be behind; beyond it, it is told that it missed some.
+const BACKLOG: usize = 1_024;
+
+/// Hints within one process. Clones share their listeners.
+#[derive(Debug, Clone)]
+pub struct MemoryHints(broadcast::Sender<Hint>);
+
+impl Default for MemoryHints {
+    fn default() -> Self {
+        Self(broadcast::Sender::new(BACKLOG))
+    }
+}
+
+#[async_trait]
+impl Hints for MemoryHints {
+    async fn connection_changed(&self, connection: ConnectionId) {
+        // Nobody listens: nobody needs it.
+        let _ = self.0.send(Hint::ConnectionChanged(connection));
+    }
+
+    async fn listen(&self) -> BoxStream<'static, Hint> {
+        let heard = stream::unfold(self.0.subscribe(), |mut heard| async move {
+            match heard.recv().await {
+                Ok(hint) => Some((hint, heard)),
+                Err(broadcast::error::RecvError::Lagged(_)) => Some((Hint::Missed, heard)),
+                Err(broadcast::error::RecvError::Closed) => None,
+            }
+        });
+        stream::once(async { Hint::Missed }).chain(heard).chain(stream::pending()).boxed()
     }
 }

@@ -11,13 +11,15 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 pub use self::{
     jetstream::JetStreamQueue,
-    memory::MemoryQueue,
+    memory::{MemoryHints, MemoryQueue},
     postgres::{PostgresHints, PostgresQueue},
 };
 use crate::{
+    clock::SystemClock,
     config::{Backend, Common},
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId},
@@ -217,6 +219,12 @@ impl Transport {
                 let queue = PostgresQueue::new(pool.clone(), &common.prefix, common.lanes, lease, stop);
                 let hints = PostgresHints::new(pool.clone(), &common.prefix);
                 Ok(Self { queue: Arc::new(queue), hints: Arc::new(hints), nats: None })
+            }
+            Backend::Memory => {
+                warn!("The queue is in memory: what is in it when this process ends is not delivered");
+                let lease = Duration::from_millis(common.nats.ack_wait_ms);
+                let queue = MemoryQueue::new(pool.clone(), Arc::new(SystemClock), common.lanes, lease);
+                Ok(Self { queue: Arc::new(queue), hints: Arc::new(MemoryHints::default()), nats: None })
             }
         }
     }
