@@ -1,5 +1,6 @@
 //! The delivery queue: where deliveries wait for a worker.
 
+mod drain;
 mod jetstream;
 mod memory;
 mod postgres;
@@ -14,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 pub use self::{
+    drain::{Drained, drain},
     jetstream::JetStreamQueue,
     memory::{MemoryHints, MemoryQueue},
     postgres::{PostgresHints, PostgresQueue},
