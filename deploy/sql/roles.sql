@@ -1,11 +1,12 @@
--- One Postgres role per binary, each with what it needs and no more. Run by the schema's owner after every
--- migration; repeating it is harmless. Passwords are set apart from this file.
+-- One Postgres role per binary, each with what it needs and no more; `bus_all` is for the process of every
+-- role. Run by the schema's owner after every migration; repeating it is harmless. Passwords are set apart from
+-- this file.
 
 DO $$
 DECLARE
     role text;
 BEGIN
-    FOREACH role IN ARRAY ARRAY ['bus_publisher', 'bus_worker', 'bus_scheduler', 'bus_archiver'] LOOP
+    FOREACH role IN ARRAY ARRAY ['bus_publisher', 'bus_worker', 'bus_scheduler', 'bus_archiver', 'bus_all'] LOOP
         BEGIN
             EXECUTE format('CREATE ROLE %I LOGIN', role);
         EXCEPTION
@@ -15,6 +16,8 @@ BEGIN
     END LOOP;
 END
 $$;
+
+GRANT bus_publisher, bus_worker, bus_scheduler, bus_archiver TO bus_all;
 
 GRANT SELECT ON _sqlx_migrations TO bus_publisher, bus_worker, bus_scheduler, bus_archiver;
 

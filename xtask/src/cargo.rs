@@ -38,7 +38,7 @@ pub(crate) fn run(mut command: Command) -> Result<()> {
     Ok(())
 }
 
-/// Builds the four binaries and gives the folder with them.
+/// Builds the binaries and gives the folder with them.
 pub(crate) fn build_binaries(release: bool) -> Result<PathBuf> {
     let mut command = cargo(&["build", "--workspace", "--bins"]);
     if release {

@@ -4,6 +4,7 @@ mod cargo;
 pub mod demo;
 mod dev;
 mod down;
+mod drain;
 mod migrate;
 mod test;
 pub mod ui;
@@ -19,6 +20,8 @@ pub enum Backend {
     Jetstream,
     /// The database alone; no NATS is started
     Postgres,
+    /// One process with every role, and the queue in its memory: what is queued does not survive it
+    Memory,
 }
 
 impl From<Backend> for devkit::stack::Backend {
@@ -26,6 +29,7 @@ impl From<Backend> for devkit::stack::Backend {
         match backend {
             Backend::Jetstream => Self::Jetstream,
             Backend::Postgres => Self::Postgres,
+            Backend::Memory => Self::Memory,
         }
     }
 }
@@ -39,6 +43,8 @@ pub enum Command {
     Down(down::Down),
     /// Apply or list the database migrations
     Migrate(migrate::Migrate),
+    /// Change the backend: move everything that is pending from one queue into the other
+    Drain(drain::Drain),
     /// Show the bus at work: two organizations, ten subscriptions, a few hundred events, and a crash
     Demo(demo::Demo),
     /// Run the whole gate: format, lints, licences, tests, documentation, demo
@@ -55,6 +61,7 @@ impl Command {
             Self::Up(up) => up.run().await,
             Self::Down(down) => down.run().await,
             Self::Migrate(migrate) => migrate.run().await,
+            Self::Drain(drain) => drain.run().await,
             Self::Demo(demo) => demo.run().await,
             Self::Test(test) => test.run().await,
         }

@@ -104,6 +104,7 @@ impl Gate {
         let name = match backend {
             Backend::Jetstream => "demo with jetstream",
             Backend::Postgres => "demo with postgres",
+            Backend::Memory => "demo with memory",
         };
         let start = heading(name);
         let result = demo(&DemoOptions { backend, ..DemoOptions::default() }).await.and_then(|outcome| {

@@ -37,7 +37,7 @@ pub struct Up {
     /// Where the deliveries wait
     #[arg(long, value_enum, default_value = "jetstream")]
     backend: Backend,
-    /// How many delivery workers
+    /// How many delivery workers; one with `--backend memory`
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=16))]
     workers: u16,
     /// Use the servers that NATS_URL and DATABASE_URL name, and start none. DATABASE_URL must be the
@@ -56,6 +56,10 @@ struct Connections {
 
 impl Up {
     pub(crate) async fn run(self) -> Result<()> {
+        ensure!(
+            self.workers == 1 || self.backend != Backend::Memory,
+            "the memory backend is one process: leave --workers out"
+        );
         let dev = Dev::open()?;
         let settings = Settings {
             backend: devkit::stack::Backend::from(self.backend).name().to_owned(),
@@ -178,7 +182,7 @@ impl Up {
         ports: &mut Ports,
     ) -> Result<String> {
         let mut processes = Vec::new();
-        for role in Role::ALL {
+        for role in devkit::stack::Backend::from(self.backend).binaries().iter().copied() {
             let replicas = if role == Role::DeliveryWorker { self.workers } else { 1 };
             for index in 0..replicas {
                 let mut env = vec![
@@ -186,10 +190,10 @@ impl Up {
                     ("DATABASE_URL".to_owned(), connections.url_of(role)?),
                 ];
                 env.extend(connections.nats_url.iter().map(|url| ("NATS_URL".to_owned(), url.clone())));
-                if matches!(role, Role::Publisher | Role::DeliveryWorker) {
+                if matches!(role, Role::Publisher | Role::DeliveryWorker | Role::EventBus) {
                     env.push(("EVENT_BUS_SINK__ALLOW_CIDRS".to_owned(), ALLOW_CIDRS.to_owned()));
                 }
-                if role == Role::Publisher {
+                if matches!(role, Role::Publisher | Role::EventBus) {
                     env.push(("EVENT_BUS_ADMIN_TOKEN".to_owned(), secrets.admin_token.clone()));
                     if let Some(port) = ports.http.filter(|port| is_port_free(*port)) {
                         env.push(("EVENT_BUS_HTTP__LISTEN".to_owned(), format!("127.0.0.1:{port}")));
@@ -244,7 +248,7 @@ fn external(backend: Backend) -> Result<Connections> {
     let owner_url = env::var("DATABASE_URL").context("--external needs DATABASE_URL")?;
     let nats_url = match backend {
         Backend::Jetstream => Some(env::var("NATS_URL").context("--external needs NATS_URL")?),
-        Backend::Postgres => None,
+        Backend::Postgres | Backend::Memory => None,
     };
     Ok(Connections { owner_url, nats_url, own_roles: false })
 }

@@ -37,7 +37,9 @@ pub struct MaintenanceConfig {
 }
 
 impl RoleConfig for ArchiverConfig {
-    const DEFAULTS: &'static str = include_str!("../defaults.toml");
+    fn defaults() -> Vec<&'static str> {
+        vec![include_str!("../defaults.toml")]
+    }
 
     fn problem(&self, _: &Common) -> Option<String> {
         let days = self.maintenance.partitions_ahead_days;

@@ -40,7 +40,8 @@ pub enum Backend {
     Jetstream,
     /// The database alone, for those who run no NATS.
     Postgres,
-    /// The memory of the one process that has every role: for tests and embedding. Nothing survives it.
+    /// The memory of the one process that has every role: for tests and embedding. What is queued does not
+    /// survive it.
     Memory,
 }
 
@@ -176,8 +177,11 @@ const KNOWN: [&str; 17] = [
 
 /// What one role has besides [`Common`].
 pub trait RoleConfig: DeserializeOwned + Send + Sync + 'static {
-    /// The defaults, as a TOML document that is also the reference page.
-    const DEFAULTS: &'static str;
+    /// Whether it is the process of every role, which alone can use [`Backend::Memory`].
+    const EVERY_ROLE: bool = false;
+
+    /// The defaults, as TOML documents that are also the reference; a later one wins.
+    fn defaults() -> Vec<&'static str>;
 
     /// The first thing that makes this configuration unusable, as a sentence.
     fn problem(&self, common: &Common) -> Option<String>;
@@ -231,7 +235,10 @@ pub fn load<C: RoleConfig>(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (String, String)>,
 ) -> Result<Loaded<C>, ConfigError> {
-    let mut figment = Figment::from(Toml::string(COMMON_DEFAULTS)).merge(Toml::string(C::DEFAULTS));
+    let mut figment = Figment::from(Toml::string(COMMON_DEFAULTS));
+    for defaults in C::defaults() {
+        figment = figment.merge(Toml::string(defaults));
+    }
     if let Some(file) = file {
         figment = figment.merge(Toml::file_exact(file));
     }
@@ -248,6 +255,13 @@ pub fn load<C: RoleConfig>(
     }
     let common: Common = figment.extract().map_err(extract_failed)?;
     let config: C = figment.extract().map_err(extract_failed)?;
+    if common.backend == Backend::Memory && !C::EVERY_ROLE {
+        return Err(ConfigError::Problem(
+            "the memory backend is the memory of one process, which must have every role: run `event-bus`, or \
+             set backend to \"jetstream\" or \"postgres\""
+                .into(),
+        ));
+    }
     if let Some(problem) = common.problem().or_else(|| config.problem(&common)) {
         return Err(ConfigError::Problem(problem));
     }

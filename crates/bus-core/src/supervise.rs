@@ -33,7 +33,10 @@ pub enum Broker {
 /// Connects to what the backend needs and waits, as long as it takes, until the schema is there, and the
 /// streams if the role needs them. `None` if the process was told to stop meanwhile.
 pub async fn connect<C>(ctx: &Ctx<C>, pool: &PgPool, broker: Broker) -> Result<Option<Transport>, BoxError> {
-    let transport = Transport::connect(&ctx.common, pool, ctx.role.name, ctx.stop.clone()).await?;
+    let transport = match &ctx.transport {
+        Some(shared) => shared.clone(),
+        None => Transport::connect(&ctx.common, pool, ctx.role.name, ctx.stop.clone()).await?,
+    };
     let postgres = ctx.health.condition("postgres");
     let needed = transport.nats.is_some() && broker == Broker::Needed;
     let nats = needed.then(|| ctx.health.condition("nats"));

@@ -18,7 +18,9 @@ struct Role {
 }
 
 impl RoleConfig for Role {
-    const DEFAULTS: &'static str = "";
+    fn defaults() -> Vec<&'static str> {
+        Vec::new()
+    }
 
     fn problem(&self, _: &Common) -> Option<String> {
         None

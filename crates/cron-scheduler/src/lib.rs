@@ -35,7 +35,9 @@ pub const ROLE: Role = Role {
 pub struct SchedulerConfig {}
 
 impl RoleConfig for SchedulerConfig {
-    const DEFAULTS: &'static str = "";
+    fn defaults() -> Vec<&'static str> {
+        Vec::new()
+    }
 
     fn problem(&self, common: &Common) -> Option<String> {
         (common.nats.duplicate_window_s < LEASE_S * 2).then(|| {

@@ -94,7 +94,9 @@ impl WorkerConfig {
 }
 
 impl RoleConfig for WorkerConfig {
-    const DEFAULTS: &'static str = include_str!("../defaults.toml");
+    fn defaults() -> Vec<&'static str> {
+        vec![include_str!("../defaults.toml")]
+    }
 
     fn problem(&self, common: &Common) -> Option<String> {
         let timeout = self.sink.max_timeout();

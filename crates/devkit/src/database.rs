@@ -117,7 +117,7 @@ pub async fn apply_roles(owner_url: &str) -> Result<()> {
     let sql = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     let mut connection = connect(owner_url).await?;
     connection.execute(sqlx::raw_sql(AssertSqlSafe(sql))).await.context("apply the roles and grants")?;
-    for role in Role::ALL {
+    for role in Role::ALL.into_iter().chain([Role::EventBus]) {
         let name = role.postgres_role();
         let password = role_password(owner_url, role)?;
         let statement = format!("ALTER ROLE {name} PASSWORD '{password}'");

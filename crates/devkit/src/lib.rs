@@ -1,7 +1,7 @@
 //! Real servers, real processes and real receivers for the tests and for `cargo xtask`.
 //!
 //! Nothing in here is a mock: [`servers`] runs a private nats-server and Postgres, [`processes`] runs the
-//! four binaries, [`stack`] puts them together on a database of its own, [`receiver`] is an HTTP server
+//! binaries, [`stack`] puts them together on a database of its own, [`receiver`] is an HTTP server
 //! that answers as a script says, and [`client`] speaks the HTTP API. What a test owns dies with the test,
 //! also when the test is killed.
 

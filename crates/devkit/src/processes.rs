@@ -1,4 +1,4 @@
-//! The four binaries as processes.
+//! The binaries as processes.
 
 use std::{
     env, fs,
@@ -22,7 +22,7 @@ pub const DRAIN: Duration = Duration::from_secs(60);
 /// How long one request to a binary's admin port may take.
 const REQUEST: Duration = Duration::from_secs(5);
 
-/// One of the four binaries.
+/// One of the binaries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
@@ -34,10 +34,12 @@ pub enum Role {
     CronScheduler,
     /// What moves or expires data.
     Archiver,
+    /// All four in one process.
+    EventBus,
 }
 
 impl Role {
-    /// All of them, in the order in which they start.
+    /// Those that have one role each, in the order in which they start.
     pub const ALL: [Self; 4] = [Self::Publisher, Self::DeliveryWorker, Self::CronScheduler, Self::Archiver];
 
     /// The name of the binary.
@@ -48,6 +50,7 @@ impl Role {
             Self::DeliveryWorker => "delivery-worker",
             Self::CronScheduler => "cron-scheduler",
             Self::Archiver => "archiver",
+            Self::EventBus => "event-bus",
         }
     }
 
@@ -59,6 +62,7 @@ impl Role {
             Self::DeliveryWorker => "bus_worker",
             Self::CronScheduler => "bus_scheduler",
             Self::Archiver => "bus_archiver",
+            Self::EventBus => "bus_all",
         }
     }
 }
@@ -83,7 +87,7 @@ pub fn bin_dir() -> Result<PathBuf> {
 pub struct Addresses {
     /// Probes and metrics.
     pub admin: String,
-    /// The API (publisher only).
+    /// The API (publisher, and the process of every role).
     pub http: Option<String>,
 }
 
@@ -131,7 +135,7 @@ impl RoleProcess {
         let mut launch = Launch::new(options.bin_dir.join(options.role.binary()), &options.log)
             .env("EVENT_BUS_ADDRESS_FILE", &address_file)
             .env("EVENT_BUS_ADMIN__LISTEN", "127.0.0.1:0");
-        if options.role == Role::Publisher {
+        if matches!(options.role, Role::Publisher | Role::EventBus) {
             launch = launch.env("EVENT_BUS_HTTP__LISTEN", "127.0.0.1:0");
         }
         for (name, value) in &options.env {
@@ -225,10 +229,10 @@ impl RoleProcess {
     /// The base of the API.
     ///
     /// # Panics
-    /// Before [`wait_ready`](Self::wait_ready), and for any binary but the publisher.
+    /// Before [`wait_ready`](Self::wait_ready), and for a binary that does not serve the API.
     #[must_use]
     pub fn http_url(&self) -> String {
-        let http = self.addresses().http.as_ref().expect("only the publisher serves the API");
+        let http = self.addresses().http.as_ref().expect("this binary serves the API");
         format!("http://{http}")
     }
 

@@ -30,11 +30,22 @@ pub enum Backend {
     Jetstream,
     /// In the database.
     Postgres,
+    /// In the memory of one process, which has every role.
+    Memory,
 }
 
 impl Backend {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Jetstream, Self::Postgres];
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Jetstream, Self::Postgres, Self::Memory];
+
+    /// The binaries that make a whole bus with it.
+    #[must_use]
+    pub fn binaries(self) -> &'static [Role] {
+        match self {
+            Self::Jetstream | Self::Postgres => &Role::ALL,
+            Self::Memory => &[Role::EventBus],
+        }
+    }
 
     /// Its name in the configuration.
     #[must_use]
@@ -42,6 +53,7 @@ impl Backend {
         match self {
             Self::Jetstream => "jetstream",
             Self::Postgres => "postgres",
+            Self::Memory => "memory",
         }
     }
 }
@@ -58,13 +70,14 @@ pub enum ServerChoice {
 /// What a stack consists of.
 #[derive(Debug, Clone)]
 pub struct StackOptions {
-    /// How many of each binary.
+    /// How many of each binary. With [`Backend::Memory`] there is one process, and more than one of anything
+    /// is refused.
     pub replicas: BTreeMap<Role, usize>,
     /// Where the deliveries wait.
     pub backend: Backend,
     /// Whose servers.
     pub servers: ServerChoice,
-    /// Configuration for every binary of a role, or of all roles.
+    /// Configuration for every binary of a role, or of all roles. The process of every role gets it all.
     pub env: Vec<(Option<Role>, String, String)>,
     /// The folder with the binaries; see [`bin_dir`].
     pub bin_dir: Option<PathBuf>,
@@ -147,6 +160,10 @@ impl Stack {
     /// # Errors
     /// If a server or a binary does not start; then with the end of its log.
     pub async fn start(options: StackOptions) -> Result<Self> {
+        ensure!(
+            options.backend != Backend::Memory || options.replicas.values().all(|n| *n <= 1),
+            "memory is one process's: there can be no replicas"
+        );
         let servers = match options.servers {
             ServerChoice::Shared => Servers::Shared(shared_servers().await?),
             ServerChoice::Own(durability) => own_servers(&options, durability).await?,
@@ -170,9 +187,9 @@ impl Stack {
             run: RunDir::create()?,
             options,
         };
-        for (role, n) in stack.options.replicas.clone() {
-            for _ in 0..n {
-                stack.spawn(role, &[])?;
+        for role in stack.options.backend.binaries() {
+            for _ in 0..stack.options.replicas.get(role).copied().unwrap_or(1) {
+                stack.spawn(*role, &[])?;
             }
         }
         for process in &mut stack.processes {
@@ -197,14 +214,14 @@ impl Stack {
         if let Some(url) = self.nats_url() {
             env.push(("NATS_URL".to_owned(), url));
         }
-        if matches!(role, Role::Publisher | Role::DeliveryWorker) {
+        if matches!(role, Role::Publisher | Role::DeliveryWorker | Role::EventBus) {
             env.push(("EVENT_BUS_SINK__ALLOW_CIDRS".to_owned(), LOOPBACK.to_owned()));
         }
-        if role == Role::Publisher {
+        if matches!(role, Role::Publisher | Role::EventBus) {
             env.push(("EVENT_BUS_ADMIN_TOKEN".to_owned(), self.admin_token.clone()));
         }
         for (only, name, value) in &self.options.env {
-            if only.is_none_or(|only| only == role) {
+            if only.is_none_or(|only| only == role || role == Role::EventBus) {
                 env.push((name.clone(), value.clone()));
             }
         }
@@ -225,11 +242,12 @@ impl Stack {
         Ok(index)
     }
 
-    /// One process.
+    /// One process. With [`Backend::Memory`] the only one is that of each role.
     ///
     /// # Panics
     /// If there are not that many of its role.
     pub fn process(&mut self, role: Role, index: usize) -> &mut RoleProcess {
+        let role = if self.options.backend == Backend::Memory { Role::EventBus } else { role };
         let mut of_role = self.processes.iter_mut().filter(|process| process.role() == role);
         of_role.nth(index).unwrap_or_else(|| panic!("this stack has no {}-{index}", role.binary()))
     }
@@ -310,7 +328,7 @@ impl Stack {
     #[must_use]
     pub fn nats_url(&self) -> Option<String> {
         match &self.servers {
-            _ if self.options.backend == Backend::Postgres => None,
+            _ if self.options.backend != Backend::Jetstream => None,
             Servers::Shared(shared) => Some(shared.nats_url().to_owned()),
             Servers::Own { nats, .. } => nats.as_ref().map(NatsServer::url),
         }
@@ -358,6 +376,16 @@ impl Stack {
             let queues =
                 streams.iter().filter(|stream| stream.config.retention == RetentionPolicy::WorkQueue);
             waiting += queues.map(|stream| stream.state.messages).sum::<u64>();
+        }
+        for process in self.processes.iter().filter(|process| process.role() == Role::EventBus) {
+            // A number of deliveries, which a gauge holds exactly.
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "a whole number, not negative"
+            )]
+            let queued = process.metric("bus_memory_queue_deliveries").await? as u64;
+            waiting += queued;
         }
         Ok(waiting)
     }
@@ -417,7 +445,7 @@ async fn own_servers(options: &StackOptions, durability: Durability) -> Result<S
     let nats = async {
         Ok(match options.backend {
             Backend::Jetstream => Some(NatsServer::private(&tools).await?),
-            Backend::Postgres => None,
+            Backend::Postgres | Backend::Memory => None,
         })
     };
     let (nats, postgres) = tokio::try_join!(nats, PostgresServer::private(&tools, durability))?;

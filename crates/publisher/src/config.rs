@@ -77,7 +77,9 @@ pub struct SinkRules {
 }
 
 impl RoleConfig for PublisherConfig {
-    const DEFAULTS: &'static str = include_str!("../defaults.toml");
+    fn defaults() -> Vec<&'static str> {
+        vec![include_str!("../defaults.toml")]
+    }
 
     fn problem(&self, common: &Common) -> Option<String> {
         let publish = &self.publish;

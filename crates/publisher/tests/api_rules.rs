@@ -5,14 +5,15 @@ mod common;
 
 use bus_core::{
     ids::{ConnectionId, OrganizationId},
+    notify::{Hint, Notifier as _, PostgresNotifier},
     pg,
-    queue::{Hint, Hints as _, PostgresHints},
 };
 use common::{Bus, Check as _, Tenant, URL, pointers};
 use devkit::client::Reply;
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_webhook_says_which_statuses_are_final() {
@@ -191,7 +192,8 @@ async fn a_change_of_rules_counts_up_the_connections_version_and_is_told() {
     let tenant = bus.tenant("acme").await;
     let connection = tenant.webhook("hook").await;
     let pool = bus.stack.owner_pool().await.unwrap();
-    let mut told = PostgresHints::new(pool.clone(), bus.stack.prefix()).listen().await;
+    let hints = PostgresNotifier::new(pool.clone(), bus.stack.prefix(), CancellationToken::new());
+    let mut told = hints.listen();
     assert_eq!(told.next().await, Some(Hint::Missed));
     let id: ConnectionId = connection.parse().unwrap();
     let set = format!("/v1/connections/{connection}/subscriptions");

@@ -29,9 +29,9 @@ use super::{
 };
 use crate::ui::{BAD, STRONG, Step, elapsed, line, paint};
 
-/// How many of each binary.
-const PUBLISHERS: usize = 2;
-const WORKERS: usize = 2;
+/// How many of each binary, unless one process is all of them.
+const REPLICAS: usize = 2;
+const ROLES: &str = "2 publishers, 2 delivery workers, scheduler, archiver";
 /// No exchange may take longer here; that lets the broker give an unacknowledged delivery to another
 /// worker soon, so that nobody has to wait long until the crash is mended.
 const MAX_TIMEOUT_MS: u64 = 1_000;
@@ -134,18 +134,17 @@ pub(super) struct Stage {
 impl Stage {
     /// Starts a private stack and opens the shops.
     pub(super) async fn set(options: &DemoOptions) -> Result<Self> {
-        let servers = match options.backend {
-            Backend::Jetstream => "nats-server, Postgres",
-            Backend::Postgres => "Postgres",
+        let (servers, replicas, processes) = match options.backend {
+            Backend::Jetstream => ("nats-server, Postgres", REPLICAS, ROLES),
+            Backend::Postgres => ("Postgres", REPLICAS, ROLES),
+            Backend::Memory => ("Postgres", 1, "one process with every role"),
         };
-        let step = Step::begin(&format!(
-            "Starting {servers}, {PUBLISHERS} publishers, {WORKERS} delivery workers, scheduler, archiver"
-        ));
+        let step = Step::begin(&format!("Starting {servers}, {processes}"));
         let mut stack_options = StackOptions::default()
             .backend(options.backend)
             .servers(ServerChoice::Own(Durability::Full))
-            .replicas(Role::Publisher, PUBLISHERS)
-            .replicas(Role::DeliveryWorker, WORKERS)
+            .replicas(Role::Publisher, replicas)
+            .replicas(Role::DeliveryWorker, replicas)
             .role_env(Role::DeliveryWorker, "EVENT_BUS_SINK__MAX_TIMEOUT_MS", MAX_TIMEOUT_MS)
             .env("EVENT_BUS_NATS__ACK_WAIT_MS", ACK_WAIT.as_millis());
         stack_options.bin_dir.clone_from(&options.bin_dir);
@@ -159,7 +158,7 @@ impl Stage {
             shops.push(Opened::open(&admin, shop).await.with_context(|| format!("open {}", shop.name))?);
         }
         step.done();
-        let publishers: Vec<_> = (0..PUBLISHERS).map(|index| stack.publisher(index).http_url()).collect();
+        let publishers: Vec<_> = (0..replicas).map(|index| stack.publisher(index).http_url()).collect();
         let stage = Self { stack, shops, publishers, backend: options.backend, crashed: None };
         stage.think(THINKING);
         Ok(stage)
@@ -206,6 +205,14 @@ impl Stage {
 
     /// Kills the worker that has done most, while deliveries are under way.
     async fn crash(&mut self, progress: &mut Progress) -> Result<()> {
+        let keeper = match self.backend {
+            Backend::Jetstream => "The broker",
+            Backend::Postgres => "The database",
+            Backend::Memory => {
+                progress.tell("There is no crash: what is in the memory of the only process dies with it.");
+                return Ok(());
+            }
+        };
         // If there are not that many, nothing holds them; the crash comes all the same.
         let under_way = || self.shops.iter().map(|shop| shop.receiver.in_flight()).sum::<usize>();
         let _ = poll("deliveries under way", THINKING_HARD, || async {
@@ -214,7 +221,7 @@ impl Stage {
         })
         .await;
         let mut victim = (0, 0.0);
-        for index in 0..WORKERS {
+        for index in 0..REPLICAS {
             let attempts = self.stack.worker(index).metric("bus_attempts_total").await?;
             if attempts > victim.1 {
                 victim = (index, attempts);
@@ -225,10 +232,7 @@ impl Stage {
         let name = worker.name().to_owned();
         worker.sigkill().await?;
         self.crashed = Some(Instant::now());
-        let keeper = match self.backend {
-            Backend::Jetstream => "The broker",
-            Backend::Postgres => "The database",
-        };
+
         progress.tell(&format!(
             "{} {} is killed while {under_way} deliveries are under way. {keeper} hands what it held",
             paint(BAD, "✗"),

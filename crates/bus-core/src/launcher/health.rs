@@ -13,11 +13,15 @@ use tokio::time::Instant;
 
 /// What the probes answer from. Cheap to clone; all clones are one.
 #[derive(Debug, Clone, Default)]
-pub struct Health(Arc<State>);
+pub struct Health {
+    state: Arc<State>,
+    /// The role that it belongs to, in a process of several.
+    role: Option<&'static str>,
+}
 
 #[derive(Debug, Default)]
 struct State {
-    conditions: Mutex<BTreeMap<&'static str, Arc<AtomicBool>>>,
+    conditions: Mutex<BTreeMap<String, Arc<AtomicBool>>>,
     heartbeats: Mutex<BTreeMap<String, Beat>>,
     stopping: AtomicBool,
 }
@@ -51,39 +55,49 @@ impl Heartbeat {
 }
 
 impl Health {
+    /// The same process's, with names that begin with the role's.
+    pub(super) fn of(&self, role: &'static str) -> Self {
+        Self { state: Arc::clone(&self.state), role: Some(role) }
+    }
+
+    fn named(&self, name: &str) -> String {
+        self.role.map_or_else(|| name.to_owned(), |role| format!("{role}: {name}"))
+    }
+
     /// Adds a condition of readiness.
-    pub fn condition(&self, name: &'static str) -> Condition {
-        Condition(lock(&self.0.conditions).entry(name).or_default().clone())
+    pub fn condition(&self, name: &str) -> Condition {
+        Condition(lock(&self.state.conditions).entry(self.named(name)).or_default().clone())
     }
 
     /// Adds a loop that turns at least once in `limit`, whatever the database and the broker do.
-    pub fn heartbeat(&self, name: impl Into<String>, limit: Duration) -> Heartbeat {
+    pub fn heartbeat(&self, name: impl AsRef<str>, limit: Duration) -> Heartbeat {
         let last = Arc::new(Mutex::new(Instant::now()));
-        lock(&self.0.heartbeats).insert(name.into(), Beat { last: last.clone(), limit });
+        let beat = Beat { last: last.clone(), limit };
+        lock(&self.state.heartbeats).insert(self.named(name.as_ref()), beat);
         Heartbeat(last)
     }
 
     /// From now on not ready, so that no new work is sent here.
     pub(super) fn stopping(&self) {
-        self.0.stopping.store(true, Ordering::Relaxed);
+        self.state.stopping.store(true, Ordering::Relaxed);
     }
 
     /// What is still missing; empty when ready.
-    pub fn waiting(&self) -> Vec<&'static str> {
-        let mut waiting: Vec<_> = lock(&self.0.conditions)
+    pub fn waiting(&self) -> Vec<String> {
+        let mut waiting: Vec<_> = lock(&self.state.conditions)
             .iter()
             .filter(|(_, holds)| !holds.load(Ordering::Relaxed))
-            .map(|(name, _)| *name)
+            .map(|(name, _)| name.clone())
             .collect();
-        if self.0.stopping.load(Ordering::Relaxed) {
-            waiting.push("stopping");
+        if self.state.stopping.load(Ordering::Relaxed) {
+            waiting.push("stopping".to_owned());
         }
         waiting
     }
 
     /// The loops that have not turned within their limit; empty when alive.
     pub fn stuck(&self) -> Vec<String> {
-        lock(&self.0.heartbeats)
+        lock(&self.state.heartbeats)
             .iter()
             .filter(|(_, beat)| lock(&beat.last).elapsed() > beat.limit)
             .map(|(name, _)| name.clone())
@@ -110,6 +124,17 @@ mod tests {
         assert!(health.waiting().is_empty());
         health.stopping();
         assert_eq!(health.waiting(), ["stopping"]);
+    }
+
+    #[test]
+    fn roles_of_one_process_do_not_speak_for_each_other() {
+        let health = Health::default();
+        let (publisher, worker) = (health.of("publisher"), health.of("delivery-worker"));
+        publisher.condition("postgres").set(true);
+        let condition = worker.condition("postgres");
+        assert_eq!(health.waiting(), ["delivery-worker: postgres"]);
+        condition.set(true);
+        assert!(health.waiting().is_empty());
     }
 
     #[tokio::test(start_paused = true)]

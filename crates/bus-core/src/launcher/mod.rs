@@ -25,6 +25,7 @@ use crate::{
     clock::{Clock, SystemClock},
     config::{self, Common, Loaded, RoleConfig},
     ids::{Ids, SystemIds},
+    queue::Transport,
     telemetry::{self, Chain},
 };
 
@@ -59,11 +60,33 @@ pub struct Ctx<C> {
     pub clock: Arc<dyn Clock>,
     /// New ids.
     pub ids: Arc<dyn Ids>,
+    /// The queue and the hints, where several roles share one process; a role alone makes its own.
+    pub transport: Option<Transport>,
     listeners: BTreeMap<&'static str, TcpListener>,
     crashed: mpsc::Sender<BoxError>,
 }
 
 impl<C> Ctx<C> {
+    /// The context of one of several roles of this process: it stops with the others, and they with it. It
+    /// gets the ports that its configuration names, and waits for its own tasks.
+    pub fn part<D: RoleConfig>(&mut self, role: Role, config: D, transport: &Transport) -> Ctx<D> {
+        let names = config.listen().into_iter().map(|(name, _)| name);
+        let listeners = names.filter_map(|name| self.listeners.remove_entry(name)).collect();
+        Ctx {
+            role,
+            common: self.common.clone(),
+            config,
+            stop: self.stop.clone(),
+            tasks: TaskTracker::new(),
+            health: self.health.of(role.name),
+            clock: Arc::clone(&self.clock),
+            ids: Arc::clone(&self.ids),
+            transport: Some(transport.clone()),
+            listeners,
+            crashed: self.crashed.clone(),
+        }
+    }
+
     /// The bound port of that name (see [`RoleConfig::listen`]).
     ///
     /// # Panics
@@ -227,6 +250,7 @@ where
         health: health.clone(),
         clock: Arc::new(SystemClock),
         ids: Arc::new(SystemIds),
+        transport: None,
         listeners,
         crashed,
     };

@@ -148,6 +148,19 @@ pub fn pool(config: &PostgresConfig, role: &'static str) -> Result<PgPool, Store
         .connect_lazy_with(options))
 }
 
+/// Which of these roles (see [`pool`]) have a connection to this database now. One that connects through a
+/// pooler may be missing.
+pub async fn connected_roles(pool: &PgPool, roles: &[&str]) -> Result<Vec<String>, StoreError> {
+    sqlx::query_scalar(
+        "SELECT DISTINCT application_name FROM pg_stat_activity
+         WHERE datname = current_database() AND application_name = ANY($1) ORDER BY 1",
+    )
+    .bind(roles)
+    .fetch_all(pool)
+    .await
+    .during("look who is connected to the database")
+}
+
 /// A connection of the pool, for several statements in a row.
 pub async fn acquire(pool: &PgPool) -> Result<PoolConnection<Postgres>, StoreError> {
     pool.acquire().await.during("get a database connection")

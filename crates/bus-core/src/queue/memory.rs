@@ -14,6 +14,7 @@ use futures::{
     stream::{self, BoxStream},
 };
 use jiff::{SignedDuration, Timestamp};
+use metrics::gauge;
 use sqlx::PgPool;
 use tokio::{
     sync::Notify,
@@ -79,6 +80,11 @@ impl State {
     fn put(&mut self, entry: Entry) {
         self.visible.insert((entry.lane, entry.visible_at, entry.position), entry.key.id);
         self.entries.insert(entry.key.id, entry);
+    }
+
+    /// Nobody else can count what is in this process's memory.
+    fn report(&self) {
+        gauge!("bus_memory_queue_deliveries").set(self.entries.len() as f64);
     }
 
     fn take(&mut self, id: DeliveryId) -> Option<Entry> {
@@ -170,6 +176,7 @@ impl DeliveryQueue for MemoryQueue {
                 token: 0,
             });
         }
+        state.report();
         drop(state);
         self.wake.notify_waiters();
         Ok(())
@@ -201,6 +208,7 @@ impl DeliveryQueue for MemoryQueue {
         for id in deliveries {
             state.take(*id);
         }
+        state.report();
         Ok(())
     }
 
@@ -239,6 +247,7 @@ impl Lease for EntryLease {
         let mut state = self.queue.state();
         if state.entries.get(&self.delivery).is_some_and(|entry| entry.token == self.token) {
             state.take(self.delivery);
+            state.report();
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The delivery queue: where deliveries wait for a worker.
 
+mod drain;
 mod jetstream;
 mod memory;
 mod postgres;
@@ -11,9 +12,16 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
-pub use self::{jetstream::JetStreamQueue, memory::MemoryQueue, postgres::PostgresQueue};
+pub use self::{
+    drain::{Drained, drain},
+    jetstream::JetStreamQueue,
+    memory::MemoryQueue,
+    postgres::PostgresQueue,
+};
 use crate::{
+    clock::SystemClock,
     config::{Backend, Common},
     delivery::{DeliveryKey, Progress},
     ids::DeliveryId,
@@ -36,9 +44,6 @@ pub enum QueueError {
     /// The queue in memory has no room (invariant I10).
     #[error("the queue in memory is full ({0} deliveries)")]
     Full(usize),
-    /// A process of its own cannot reach a queue that is in the memory of another one.
-    #[error("the memory backend needs all roles in one process")]
-    NotInOneProcess,
 }
 
 /// The event's bytes, or the advice to read them from the event store.
@@ -198,7 +203,13 @@ impl Transport {
                     PostgresQueue::new(pool.clone(), common.lanes, lease, Arc::clone(&hints), poll, stop);
                 Ok(Self { queue: Arc::new(queue), hints, nats: None })
             }
-            Backend::Memory => Err(QueueError::NotInOneProcess),
+            Backend::Memory => {
+                let hints = notify::connect(common, pool, None, role, stop).await?;
+                warn!("The queue is in memory: what is in it when this process ends is not delivered");
+                let lease = Duration::from_millis(common.nats.ack_wait_ms);
+                let queue = MemoryQueue::new(pool.clone(), Arc::new(SystemClock), common.lanes, lease);
+                Ok(Self { queue: Arc::new(queue), hints, nats: None })
+            }
         }
     }
 

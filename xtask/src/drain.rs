@@ -1,0 +1,161 @@
+//! `cargo xtask drain`.
+
+use std::{
+    collections::HashMap,
+    env,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use bus_core::{
+    config::{self, Backend, Common, Loaded, RoleConfig},
+    pg,
+    queue::{Drained, Transport, drain},
+    telemetry::Chain,
+};
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+use crate::ui::{self, FAINT, GOOD, paint};
+
+/// Who would take from the queue, or put into it, while it is drained. Publishers with the old backend would
+/// too, but those with the new one may run.
+const TAKERS: [&str; 3] = ["delivery-worker", "cron-scheduler", "event-bus"];
+
+/// The connections of a process that has just ended are seen for a moment longer.
+const GONE: Duration = Duration::from_secs(5);
+
+/// Between two lines about how far it is.
+const TELL: Duration = Duration::from_secs(1);
+
+/// A queue that outlives its processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Queue {
+    /// NATS JetStream
+    Jetstream,
+    /// The database
+    Postgres,
+}
+
+impl From<Queue> for Backend {
+    fn from(queue: Queue) -> Self {
+        match queue {
+            Queue::Jetstream => Self::Jetstream,
+            Queue::Postgres => Self::Postgres,
+        }
+    }
+}
+
+/// Move everything that is pending from one queue into the other, for a deployment that changes its backend.
+/// First stop the workers and schedulers, and give the publishers the new backend; start the others with it
+/// afterwards. It may be interrupted and repeated. Lanes, prefix and the section [nats] must be the deployment's:
+/// they are read from where the binaries read them.
+#[derive(Debug, Args)]
+pub struct Drain {
+    /// Where the deliveries wait now
+    #[arg(long, value_enum)]
+    from: Queue,
+    /// Where they are to wait
+    #[arg(long, value_enum)]
+    to: Queue,
+    /// Configuration file of a binary (TOML); the environment overrides it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The database, with the user of the workers or the owner
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
+    database_url: Option<String>,
+    /// The broker
+    #[arg(long, env = "NATS_URL", hide_env_values = true)]
+    nats_url: Option<String>,
+}
+
+/// What a drain has of its own to configure: nothing.
+#[derive(Debug, Deserialize)]
+struct Nothing {}
+
+impl RoleConfig for Nothing {
+    fn defaults() -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    fn problem(&self, _: &Common) -> Option<String> {
+        None
+    }
+}
+
+impl Drain {
+    pub(crate) async fn run(self) -> Result<()> {
+        ensure!(self.from != self.to, "--from and --to name the same queue");
+        devkit::install_tls_provider();
+        let common = self.common()?;
+        let pool = pg::pool(&common.postgres, "drain")?;
+        pg::check_schema(&pool).await?;
+        nobody_takes(&pool).await?;
+
+        let stop = CancellationToken::new();
+        let connect = async |queue: Queue| {
+            let common = Common { backend: queue.into(), ..common.clone() };
+            let transport = Transport::connect(&common, &pool, "drain", stop.clone()).await?;
+            transport.queue.prepare().await?;
+            anyhow::Ok(transport)
+        };
+        ui::line("  Connecting to both queues");
+        let (from, to) = tokio::try_join!(connect(self.from), connect(self.to))?;
+        let mut told: Option<Instant> = None;
+        let tell = |Drained { moved, left }: Drained| {
+            if left == 0 || told.is_none_or(|at| at.elapsed() >= TELL) {
+                ui::line(format!("  {moved} moved, {left} left"));
+                told = Some(Instant::now());
+            }
+        };
+        let moved = drain(from.queue.as_ref(), to.queue.as_ref(), tell).await?;
+        to.flush().await;
+        stop.cancel();
+        ui::line(paint(GOOD, format!("  {moved} deliveries were moved, and none is left behind.")));
+        if let Some(nats) = &from.nats {
+            let info = nats.receipt_consumer().await?.get_info().await.context("count the receipts")?;
+            let receipts = info.num_pending + info.num_ack_pending as u64;
+            if receipts > 0 {
+                ui::line(paint(
+                    FAINT,
+                    format!(
+                        "  {receipts} messages are not in history yet: let an archiver run with jetstream until they are."
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The configuration of the deployment, as its binaries read it. One of the two queues is JetStream, so the
+    /// broker's URL is asked for in any case.
+    fn common(&self) -> Result<Common> {
+        let mut environment: HashMap<String, String> = env::vars().collect();
+        let flags = [("DATABASE_URL", &self.database_url), ("NATS_URL", &self.nats_url)];
+        for (name, value) in flags {
+            environment.extend(value.clone().map(|value| (name.to_owned(), value)));
+        }
+        environment.insert("EVENT_BUS_BACKEND".to_owned(), "jetstream".to_owned());
+        let Loaded { common, .. } = config::load::<Nothing>(self.config.as_deref(), environment)
+            .map_err(|refused| anyhow!("{}", Chain(&refused)))?;
+        Ok(common)
+    }
+}
+
+/// Refuses while a worker or a scheduler runs.
+async fn nobody_takes(pool: &PgPool) -> Result<()> {
+    let until = Instant::now() + GONE;
+    loop {
+        let connected = pg::connected_roles(pool, &TAKERS).await?;
+        if connected.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            bail!("still connected to the database: {}. Stop them first", connected.join(", "));
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
