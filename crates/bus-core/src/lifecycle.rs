@@ -10,7 +10,7 @@
 //!             ▲ └───────────────────────────────────────────────────◀─┘
 //!
 //! pending, in flight, waiting ── ack ──▶ acked        (replay ▶ waiting)
-//! pending, in flight, waiting ── cancel ──▶ cancelled (for good)
+//! pending, in flight, waiting ── cancel ──▶ cancelled (for good; dead ── discard ──▶ the same)
 //! ```
 //!
 //! A result belongs to a turn. It changes something only if the delivery is open and no later turn has begun.
@@ -54,6 +54,8 @@ pub enum Step {
     Cancel,
     /// Somebody asks for it once more, in a new turn.
     Replay,
+    /// A dead one is not to be replayed any more.
+    Discard,
 }
 
 impl State {
@@ -99,6 +101,7 @@ impl State {
             Step::Ack if self.is_open() => Self::Acked,
             Step::Cancel if self.is_open() => Self::Cancelled,
             Step::Replay if self != Self::Cancelled => Self::Waiting,
+            Step::Discard if self == Self::Dead => Self::Cancelled,
             _ => self,
         }
     }

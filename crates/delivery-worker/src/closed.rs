@@ -44,19 +44,18 @@ impl ClosedDeliveries {
     /// Whether this turn of the delivery is not to be attempted any more. A first turn that is handed out for
     /// the first time is judged from memory alone (invariant I6).
     pub(crate) async fn overrule(&self, key: &DeliveryKey, progress: Progress, handed_out: u32) -> bool {
-        if self.kept.contains_key(&key.id) {
-            return true;
-        }
+        let closed = self.kept.contains_key(&key.id);
+        // A later turn may be a replay of what was closed before; only the database knows.
         if progress.turn == 0 && handed_out <= 1 {
-            return false;
+            return closed;
         }
         match tokio::time::timeout(ASK, pg::standing(&self.pool, key.id)).await {
             Ok(Ok(standing)) => standing.is_some_and(|(state, at)| state.overrules(at, progress.turn)),
             Ok(Err(failed)) => {
-                debug!(delivery.id = %key.id, error = %Chain(&failed), "Not known whether it was closed");
-                false
+                debug!(delivery.id = %key.id, error = %Chain(&failed), "The database is away; memory serves");
+                closed
             }
-            Err(_) => false,
+            Err(_) => closed,
         }
     }
 

@@ -4,13 +4,13 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use bus_core::{
     delivery::DeliveryKey,
-    ids::DeliveryId,
+    ids::{DeliveryId, Ids as _, ReplayId, SystemIds},
     lifecycle::{State, Step},
     notify::{Hint, Notifier as _},
-    pg::{self, Closed},
+    pg::{self, Closed, NewReplay, Selection, Whose},
     sink::{Failure, Outcome},
 };
-use cron_scheduler::return_due;
+use cron_scheduler::{replay_due, return_due};
 use rand::{Rng as _, rngs::StdRng, seq::IndexedRandom as _};
 use tokio::{
     sync::oneshot,
@@ -76,24 +76,24 @@ impl Run {
     pub(crate) async fn step(&mut self) {
         self.settle_the_old().await;
         let operation = match self.rng.random_range(0..1_000) {
-            0..200 => {
+            0..140 => {
                 self.publish().await;
                 "publish"
             }
-            200..500 => {
+            140..460 => {
                 let max = self.rng.random_range(1..8);
                 self.claim(max).await;
                 "claim"
             }
-            500..700 => {
+            460..580 => {
                 self.answer(|_| Outcome::Delivered).await;
                 "succeed"
             }
-            700..820 => {
+            580..800 => {
                 self.answer(|_| Outcome::from(Failure::Status(500))).await;
                 "fail"
             }
-            820..880 => {
+            800..870 => {
                 // A few milliseconds stay in the queue, six seconds are parked.
                 self.answer(|rng| Outcome::Deferred {
                     wait: Duration::from_millis(if rng.random_bool(0.3) {
@@ -106,23 +106,27 @@ impl Run {
                 .await;
                 "retryAfter"
             }
-            880..915 => {
+            870..905 => {
                 self.close(Closed::Acked, Step::Ack).await;
                 "ack"
             }
-            915..935 => {
+            905..920 => {
                 self.close(Closed::Cancelled, Step::Cancel).await;
                 "cancel"
             }
-            935..955 => {
+            920..940 => {
                 self.crash();
                 "crash"
             }
-            955..965 => {
+            940..950 => {
                 self.freeze();
                 "freeze"
             }
-            965..997 => {
+            950..970 => {
+                self.replay().await;
+                "replay"
+            }
+            970..997 => {
                 self.return_due().await;
                 "return"
             }
@@ -276,6 +280,33 @@ impl Run {
             truth.note("its worker stands still");
             truth.held = false;
         }
+    }
+
+    /// Somebody asks once more for a delivery that is over: as a job for one event and subscription.
+    async fn replay(&mut self) {
+        let over: Vec<DeliveryKey> = self
+            .published
+            .iter()
+            .rev()
+            .take(30)
+            .flatten()
+            .filter(|key| {
+                let truth = self.truth.of(key.id);
+                // One that is under way would be tried twice at a time, and rightly so.
+                !truth.state.is_open()
+                    && !truth.held
+                    && self.under_way.iter().all(|attempt| attempt.delivery != key.id)
+            })
+            .copied()
+            .collect();
+        let Some(key) = over.choose(&mut self.rng) else { return };
+        let selection = Selection::Event { event: key.event, subscription: Some(key.subscription) };
+        let whose = Whose { organization: key.organization, only: None };
+        let id = ReplayId(SystemIds.next());
+        let new = NewReplay { id, whose, selection, per_second: 1_000, request: None };
+        pg::create_replay(&self.world.pool, &new).await.unwrap();
+        while replay_due(&self.world.pool).await.unwrap().is_zero() {}
+        self.truth.of(key.id).is_replayed();
     }
 
     async fn return_due(&mut self) {

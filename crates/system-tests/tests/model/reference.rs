@@ -101,6 +101,16 @@ impl Truth {
         self.state = self.state.after(Step::Postponed, false);
     }
 
+    /// Somebody asks for it once more.
+    pub(crate) fn is_replayed(&mut self) {
+        self.note("replayed");
+        let state = self.state.after(Step::Replay, false);
+        if state != self.state {
+            self.state = state;
+            self.attempts = 0;
+        }
+    }
+
     pub(crate) fn closed_by(&mut self, step: Step) {
         self.note(format!("{step:?}"));
         self.state = self.state.after(step, false);
