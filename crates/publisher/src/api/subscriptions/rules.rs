@@ -88,7 +88,7 @@ pub(super) fn mistakes(pointer: &str, rules: &SubscriptionRules) -> Vec<FieldErr
         Some(FieldError::at(format!("{pointer}/{member}/{name}"), format!("{name} {rule}")))
     };
     let retry = at("retryPolicy", rules.retry.as_ref().and_then(RetryOverride::problem));
-    let batch = at("batch", rules.batch.as_ref().and_then(BatchPolicy::problem));
+    let batch = at("batch", rules.batch.and_then(BatchPolicy::problem));
     retry.into_iter().chain(batch).collect()
 }
 
