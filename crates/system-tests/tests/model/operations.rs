@@ -294,6 +294,7 @@ impl Run {
                 let truth = self.truth.of(key.id);
                 // One that is under way would be tried twice at a time, and rightly so.
                 !truth.state.is_open()
+                    && !truth.cancelled
                     && !truth.held
                     && self.under_way.iter().all(|attempt| attempt.delivery != key.id)
             })
@@ -354,8 +355,11 @@ impl Run {
             let standing = pg::standing(&self.world.pool, truth.key.id).await.unwrap();
             match (truth.state, standing.map(|(state, _)| state)) {
                 // What never left the straight path has no row; one that was delivered first may be closed
-                // after it, since only history knows.
-                (State::Delivered, Some(State::Waiting | State::Dead)) => truth.wrong("delivered"),
+                // after it, since only history knows. One that was delivered by a holder that had lost it may
+                // have failed, and died, with the next holder.
+                (State::Delivered, Some(State::Waiting | State::Dead)) if !truth.repeatable => {
+                    truth.wrong("delivered")
+                }
                 (State::Delivered, _) => {}
                 (state, Some(stored)) if state == stored => {}
                 (_, stored) => truth.wrong(&format!("stored as {stored:?}")),

@@ -24,6 +24,9 @@ pub(crate) struct Truth {
     pub(crate) held: bool,
     /// A holder outlived its hold and then reported success: at-least-once allows a repeat.
     pub(crate) repeatable: bool,
+    /// Somebody cancelled it, perhaps after it was delivered: the bus, which learns of deliveries late, then
+    /// refuses to replay it.
+    pub(crate) cancelled: bool,
     /// What happened, for whoever reads a failure.
     pub(crate) story: Vec<String>,
 }
@@ -41,6 +44,7 @@ impl Reference {
             asked: 0,
             held: false,
             repeatable: false,
+            cancelled: false,
             story: vec!["published".into()],
         };
         self.0.insert(key.id.0, truth);
@@ -113,6 +117,7 @@ impl Truth {
 
     pub(crate) fn closed_by(&mut self, step: Step) {
         self.note(format!("{step:?}"));
+        self.cancelled |= step == Step::Cancel;
         self.state = self.state.after(step, false);
     }
 }
