@@ -341,7 +341,7 @@ pub(super) async fn replay_subscription(
     if !candidate.enabled {
         return Err(Problem::invalid_at("", "the subscription or its connection is disabled"));
     }
-    let now = api.clock.now();
+    let now = after_this_millisecond(api.clock.now());
     let until = body.until.map_or(now, |until| until.min(now));
     if body.since >= until {
         return Err(Problem::invalid_at("/since", "since must be before until, and in the past"));
@@ -349,6 +349,11 @@ pub(super) async fn replay_subscription(
     let whose = Whose { organization: principal.organization, only: Some(candidate.connection) };
     let selection = Selection::Subscription { subscription: id, since: body.since, until };
     start(&api, Wanted { whose, selection, per_second: body.per_second, request }).await
+}
+
+/// Events are told apart by the millisecond of their arrival: those of the present one arrived before, too.
+fn after_this_millisecond(now: Timestamp) -> Timestamp {
+    Timestamp::from_millisecond(now.as_millisecond().saturating_add(1)).unwrap_or(now)
 }
 
 /// Which replays to list.
