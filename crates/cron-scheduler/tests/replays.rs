@@ -516,19 +516,8 @@ async fn a_page_of_dead_letters_is_not_a_scan() {
     .execute(&scene.owner)
     .await
     .unwrap();
-    // What one session reads is counted when it says so.
     let session = PgPoolOptions::new().max_connections(1).connect(scene.database.url()).await.unwrap();
-    let read = async || {
-        sqlx::query("SELECT pg_stat_force_next_flush()").execute(&session).await.unwrap();
-        let read: i64 = sqlx::query_scalar(
-            "SELECT (t.seq_tup_read + (SELECT sum(i.idx_tup_read) FROM pg_stat_user_indexes i WHERE i.relid = t.relid))::int8
-             FROM pg_stat_user_tables t WHERE t.relname = 'delivery_states'",
-        )
-        .fetch_one(&session)
-        .await
-        .unwrap();
-        read
-    };
+    let read = async || rows_read(&session, "delivery_states").await;
     // Before and after the planner knows the table.
     for analyzed in [false, true] {
         if analyzed {
@@ -554,4 +543,56 @@ async fn a_page_of_dead_letters_is_not_a_scan() {
     }
     session.close().await;
     scene.end().await;
+}
+
+/// The events of others, however many there are, are not read past.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_walk_reads_only_what_it_may_match() {
+    let scene = Scene::new().await;
+    let (any, exact) = (scene.subscription(">", None).await, scene.subscription("b", None).await);
+    scene.events("a", 40).await;
+    scene.events("b", 3).await;
+    sqlx::query(
+        "INSERT INTO events (uid, organization_id, id, source, type, time, body)
+         SELECT overlay($1::text placing lpad(to_hex(n), 12, '0') from 25)::uuid, gen_random_uuid(), 'x', '/test', 'b',
+                now(), '' FROM generate_series(1, 20000) AS n",
+    )
+    .bind(SystemIds.next())
+    .execute(&scene.owner)
+    .await
+    .unwrap();
+    let session = PgPoolOptions::new().max_connections(1).connect(scene.database.url()).await.unwrap();
+    for analyzed in [false, true] {
+        if analyzed {
+            sqlx::query("ANALYZE events").execute(&session).await.unwrap();
+        }
+        for (subscription, events) in [(any, 43), (exact, 3)] {
+            let id = scene.start(since(subscription), 1_000).await;
+            let before = rows_read(&session, "events%").await;
+            replay_due(&session).await.unwrap();
+            let rows = rows_read(&session, "events%").await - before;
+            assert_eq!(progress(&scene.job(id).await), (ReplayState::Done, events, events));
+            let events = i64::try_from(events).unwrap();
+            assert!(
+                (events..events + 20).contains(&rows),
+                "{rows} rows read for {events}, analyzed: {analyzed}"
+            );
+        }
+    }
+    session.close().await;
+    scene.end().await;
+}
+
+/// The rows that were read of the tables of that name so far, through indexes or past them. What the session of
+/// the pool has read is counted now; a session of its own makes that exact.
+async fn rows_read(session: &PgPool, tables: &str) -> i64 {
+    sqlx::query("SELECT pg_stat_force_next_flush()").execute(session).await.unwrap();
+    sqlx::query_scalar(
+        "SELECT ((SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE relname LIKE $1)
+                 + (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname LIKE $1))::int8",
+    )
+    .bind(tables)
+    .fetch_one(session)
+    .await
+    .unwrap()
 }

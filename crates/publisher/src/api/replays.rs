@@ -171,7 +171,7 @@ pub(super) struct JobKeyHeader {
 /// A JSON body, where none at all is as good as `{}`, with the request's `Idempotency-Key`.
 pub(super) struct Keyed<T> {
     pub(super) value: T,
-    /// The key, and the SHA-256 of path and body.
+    /// The key, and the SHA-256 of path, query and body.
     pub(super) request: Option<(String, [u8; 32])>,
 }
 
@@ -180,7 +180,7 @@ impl<T: DeserializeOwned> FromRequest<Api> for Keyed<T> {
 
     async fn from_request(request: Request, api: &Api) -> Result<Self, Problem> {
         let key = read_key(request.headers())?;
-        let mut hash = Sha256::new_with_prefix(request.uri().path());
+        let mut hash = Sha256::new_with_prefix(request.uri().to_string());
         let body = read_optional_json(api, request).await?;
         hash.update([0]);
         hash.update(&body);
