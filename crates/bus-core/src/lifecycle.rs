@@ -10,13 +10,13 @@
 //!             ▲ └───────────────────────────────────────────────────◀─┘
 //!
 //! pending, in flight, waiting ── ack ──▶ acked        (replay ▶ waiting)
-//! pending, in flight, waiting ── cancel ──▶ cancelled (for good; dead ── discard ──▶ the same)
+//! pending, in flight, waiting ── cancel ──▶ cancelled (for good) ◀── discard ── dead
 //! ```
 //!
 //! A result belongs to a turn. It changes something only if the delivery is open and no later turn has begun.
-//! The same rules are the guards of the statements in
-//! `pg/deliveries.rs` and, through the message id, of the streams; the tests of this module and the
-//! model-based test hold them to this table.
+//! The same rules are the guards of the statements in `pg/deliveries.rs`, `pg/dead_letters.rs` and `pg/replays`,
+//! and, through the message id, of the streams; the tests of this module and the model-based test hold them to
+//! this table.
 
 use std::str::FromStr;
 
@@ -54,7 +54,7 @@ pub enum Step {
     Cancel,
     /// Somebody asks for it once more, in a new turn.
     Replay,
-    /// A dead one is not to be replayed any more.
+    /// A dead letter is not wanted any more.
     Discard,
 }
 

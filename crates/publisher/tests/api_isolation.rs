@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use common::{Bus, Caller, Check as _, Tenant, operations, pointers, problem};
+use common::{Bus, Caller, Check as _, Tenant, deliveries::Published, operations, pointers, problem};
 use http::Method;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -19,6 +19,8 @@ struct Victim {
     subscription: String,
     key: String,
     event: String,
+    dead_letter: String,
+    replay: String,
 }
 
 /// What a stranger must get.
@@ -39,7 +41,7 @@ use Expected::{EmptyList, Forbidden, NoSuchId, NotFound, Own};
 
 /// The table: what a stranger tries, for every operation of the document.
 fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>, Expected)>> {
-    let Victim { tenant, connection, publisher, subscription, key, event } = victim;
+    let Victim { tenant, connection, publisher, subscription, key, event, dead_letter, replay } = victim;
     let organizations = "/v1/admin/organizations";
     let organization = format!("{organizations}/{}", tenant.id);
     let path = |collection: &str, id: &str| format!("/v1/{collection}/{id}");
@@ -123,6 +125,46 @@ fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>
             (format!("/v1/events/{event}/deliveries"), None, NotFound),
             ("/v1/events/secret-id/deliveries".into(), None, NotFound),
         ],
+        // By now the stranger has published an event with the same id.
+        "ackEvent" => {
+            let body = json!({ "connectionId": connection });
+            vec![
+                (format!("/v1/events/{event}/ack"), Some(body.clone()), NotFound),
+                ("/v1/events/secret-id/ack".into(), Some(body), NoSuchId("/connectionId")),
+            ]
+        }
+        "replayEvent" => {
+            let body = json!({ "subscriptionId": subscription });
+            vec![
+                (format!("/v1/events/{event}/replay"), Some(json!({})), NotFound),
+                ("/v1/events/secret-id/replay".into(), Some(body), NoSuchId("/subscriptionId")),
+                ("/v1/events/secret-id/replay".into(), Some(json!({})), Own(202)),
+            ]
+        }
+        "replaySubscription" => {
+            let body = json!({ "since": "2020-01-01T00:00:00Z" });
+            vec![(format!("/v1/subscriptions/{subscription}/replay"), Some(body), NotFound)]
+        }
+        "listDeadLetters" => vec![
+            ("/v1/dead-letters".into(), None, EmptyList),
+            (format!("/v1/dead-letters?connectionId={connection}&type=order.created"), None, EmptyList),
+            (format!("/v1/dead-letters?subscriptionId={subscription}"), None, EmptyList),
+        ],
+        "getDeadLetter" | "discardDeadLetter" => vec![(path("dead-letters", dead_letter), None, NotFound)],
+        "replayDeadLetter" => vec![(format!("/v1/dead-letters/{dead_letter}/replay"), None, NotFound)],
+        // What such a job does is tested with the scheduler.
+        "replayDeadLetters" | "discardDeadLetters" => {
+            let path =
+                format!("/v1/dead-letters/{}", if operation.starts_with('r') { "replay" } else { "discard" });
+            let filter = json!({ "filter": { "connectionId": connection } });
+            vec![
+                (path.clone(), Some(json!({ "ids": [dead_letter] })), Own(202)),
+                (path, Some(filter), Own(202)),
+            ]
+        }
+        "listReplays" => vec![("/v1/replays".into(), None, EmptyList)],
+        "getReplay" => vec![(path("replays", replay), None, NotFound)],
+        "cancelReplay" => vec![(format!("/v1/replays/{replay}/cancel"), None, NotFound)],
         _ => return None,
     })
 }
@@ -130,11 +172,11 @@ fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>
 #[tokio::test(flavor = "multi_thread")]
 async fn i3_a_foreign_key_sees_nothing_and_changes_nothing() {
     let bus = Bus::start().await;
-    let victim = furnish(&bus).await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let victim = furnish(&bus, &pool).await;
     let stranger_tenant = bus.tenant("stranger").await;
     // The most that an organization can have, and what an ordinary one has.
     let admin = stranger_tenant.key(json!({ "scopes": ["publish", "subscribe", "read", "admin"] })).await;
-    let pool = bus.stack.owner_pool().await.unwrap();
     let before = fingerprint(&pool, &victim.tenant.id).await;
     assert!(before.len() >= 6, "every table with an organization_id: {before:?}");
 
@@ -202,6 +244,8 @@ async fn try_one(
         &victim.subscription,
         &victim.key,
         &victim.event,
+        &victim.dead_letter,
+        &victim.replay,
         &victim.tenant.id,
     ] {
         assert!(!text.contains(id.as_str()), "{at}");
@@ -209,7 +253,7 @@ async fn try_one(
 }
 
 /// Gives the victim one of everything.
-async fn furnish(bus: &Bus) -> Victim {
+async fn furnish(bus: &Bus, pool: &PgPool) -> Victim {
     let tenant = bus.tenant("victim").await;
     let (connection, publisher) = (tenant.webhook("hook").await, tenant.publisher("shop").await);
     let subscription = tenant.subscription(&connection, "order.*").await;
@@ -217,7 +261,12 @@ async fn furnish(bus: &Bus) -> Victim {
         json!({ "type": "order.created", "source": "/victim", "id": "secret-id", "data": { "total": 500 } });
     let event = tenant.api.post("/v1/events", event).await.expect(202).text("/uid").to_owned();
     let key = bus.admin.all(&tenant.keys(), 1).await[0]["id"].as_str().unwrap().to_owned();
-    Victim { tenant, connection, publisher, subscription, key, event }
+    let dead = Published::new(&tenant, &event, &subscription, &connection);
+    dead.bury(pool, 20, "exhausted").await;
+    let all = json!({ "filter": {} });
+    let replay = tenant.api.post("/v1/dead-letters/replay", all).await.expect(202).id().to_owned();
+    let dead_letter = dead.id();
+    Victim { tenant, connection, publisher, subscription, key, event, dead_letter, replay }
 }
 
 /// Removes what the stranger made, for the next round.
@@ -225,7 +274,7 @@ async fn undo(stranger: &Caller, pool: &PgPool, organization: &str) {
     for connection in stranger.all("/v1/connections", 50).await {
         stranger.delete(&format!("/v1/connections/{}", connection["id"].as_str().unwrap())).await.is(204);
     }
-    for table in ["events", "event_keys"] {
+    for table in ["events", "event_keys", "replays"] {
         let statement = format!("DELETE FROM {table} WHERE organization_id = $1::uuid");
         sqlx::query(sqlx::AssertSqlSafe(statement)).bind(organization).execute(pool).await.unwrap();
     }

@@ -172,7 +172,7 @@ pub(super) struct JobKeyHeader {
 /// A JSON body, where none at all is as good as `{}`, with the request's `Idempotency-Key`.
 pub(super) struct Keyed<T> {
     pub(super) value: T,
-    /// The key, and the SHA-256 of path and body.
+    /// The key, and the SHA-256 of path, query and body.
     pub(super) request: Option<(String, [u8; 32])>,
 }
 
@@ -181,7 +181,7 @@ impl<T: DeserializeOwned> FromRequest<Api> for Keyed<T> {
 
     async fn from_request(request: Request, api: &Api) -> Result<Self, Problem> {
         let key = read_key(request.headers())?;
-        let mut hash = Sha256::new_with_prefix(request.uri().path());
+        let mut hash = Sha256::new_with_prefix(request.uri().to_string());
         let body = read_optional_json(api, request).await?;
         hash.update([0]);
         hash.update(&body);
@@ -343,7 +343,7 @@ pub(super) async fn replay_subscription(
     if !candidate.enabled {
         return Err(Problem::invalid_at("", "the subscription or its connection is disabled"));
     }
-    let now = api.clock.now();
+    let now = after_this_millisecond(api.clock.now());
     let until = body.until.map_or(now, |until| until.min(now));
     if body.since >= until {
         return Err(Problem::invalid_at("/since", "since must be before until, and in the past"));
@@ -351,6 +351,11 @@ pub(super) async fn replay_subscription(
     let whose = Whose { organization: principal.organization, only: Some(candidate.connection) };
     let selection = Selection::Subscription { subscription: id, since: body.since, until };
     start(&api, Wanted { whose, selection, per_second: body.per_second, request }).await
+}
+
+/// Events are told apart by the millisecond of their arrival: those of the present one arrived before, too.
+fn after_this_millisecond(now: Timestamp) -> Timestamp {
+    Timestamp::from_millisecond(now.as_millisecond().saturating_add(1)).unwrap_or(now)
 }
 
 /// Which replays to list.
