@@ -2,194 +2,24 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod common;
+
 use std::{collections::BTreeSet, time::Duration};
 
 use bus_core::{
-    delivery::{DeliveryKey, Progress},
-    ids::{
-        ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, ReplayId, SubscriptionId, SystemIds,
-        uuid_floor,
-    },
-    lifecycle::State,
+    delivery::Progress,
+    ids::{ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SystemIds},
+    lifecycle::{State, Step},
     pg::{
-        self, ClaimReplay, CreateReplay, DeadLetter, DeadLetterAction, DeadLetterFilter, DeadLetters,
-        NewReplay, Replay, ReplayState, Selection, Whose,
+        self, ClaimReplay, DeadLetter, DeadLetterAction, DeadLetterFilter, DeadLetters, ReplayState,
+        Selection, Whose,
     },
     retry::DeadReason,
 };
+use common::{Scene, dead_letters, progress, since};
 use cron_scheduler::{replay_chunk, replay_due};
-use devkit::{
-    database::{Database, role_url},
-    processes::Role,
-    servers::shared_servers,
-};
 use jiff::Timestamp;
-use sqlx::{PgPool, postgres::PgPoolOptions};
 use uuid::Uuid;
-
-/// One organization with a webhook, and the scheduler's view of the database.
-struct Scene {
-    database: Database,
-    owner: PgPool,
-    scheduler: PgPool,
-    whose: Whose,
-    connection: ConnectionId,
-}
-
-impl Scene {
-    async fn new() -> Self {
-        let servers = shared_servers().await.unwrap();
-        let database = Database::create(servers.postgres_url()).await.unwrap();
-        let owner = PgPool::connect(database.url()).await.unwrap();
-        let scheduler =
-            PgPool::connect(&role_url(database.url(), Role::CronScheduler).unwrap()).await.unwrap();
-        let organization = OrganizationId(SystemIds.next());
-        let connection = ConnectionId(SystemIds.next());
-        sqlx::query("INSERT INTO organizations (id, name) VALUES ($1, 'acme')")
-            .bind(organization.0)
-            .execute(&owner)
-            .await
-            .unwrap();
-        sqlx::query(
-            "INSERT INTO connections (id, organization_id, name, kind, url, secret)
-             VALUES ($1, $2, 'hook', 'webhook', 'https://receiver.example', 'whsec_x')",
-        )
-        .bind(connection.0)
-        .bind(organization.0)
-        .execute(&owner)
-        .await
-        .unwrap();
-        let whose = Whose { organization, only: None };
-        Self { database, owner, scheduler, whose, connection }
-    }
-
-    async fn subscription(&self, event_type: &str, filter: Option<&str>) -> SubscriptionId {
-        let id = SubscriptionId(SystemIds.next());
-        sqlx::query(
-            "INSERT INTO subscriptions (id, organization_id, connection_id, event_type, filter, filter_hash)
-             VALUES ($1, $2, $3, $4, $5, sha256($5::text::bytea))",
-        )
-        .bind(id.0)
-        .bind(self.whose.organization.0)
-        .bind(self.connection.0)
-        .bind(event_type)
-        .bind(filter)
-        .execute(&self.owner)
-        .await
-        .unwrap();
-        id
-    }
-
-    /// Stored events of a type with a payload `{"n": …}` each, in order.
-    async fn events(&self, event_type: &str, count: usize) -> Vec<EventUid> {
-        let uids: Vec<EventUid> = (0..count).map(|_| EventUid(SystemIds.next())).collect();
-        let bodies: Vec<Vec<u8>> = (0..count)
-            .map(|n| {
-                let text = format!(
-                    r#"{{"specversion":"1.0","id":"{n}","source":"/test","type":"{event_type}","data":{{"n":{n}}}}}"#
-                );
-                text.into_bytes()
-            })
-            .collect();
-        sqlx::query(
-            "INSERT INTO events (uid, organization_id, id, source, type, time, body)
-             SELECT uid, $2, uid::text, '/test', $3, now(), body FROM UNNEST($1::uuid[], $4::bytea[]) AS u (uid, body)",
-        )
-        .bind(uids.iter().map(|uid| uid.0).collect::<Vec<_>>())
-        .bind(self.whose.organization.0)
-        .bind(event_type)
-        .bind(bodies)
-        .execute(&self.owner)
-        .await
-        .unwrap();
-        uids
-    }
-
-    fn key(&self, event: EventUid, subscription: SubscriptionId) -> DeliveryKey {
-        DeliveryKey {
-            id: DeliveryId::derive(event, subscription),
-            event,
-            organization: self.whose.organization,
-            subscription,
-            connection: self.connection,
-            connection_version: 1,
-        }
-    }
-
-    async fn dead(&self, events: &[EventUid], subscription: SubscriptionId, reason: DeadReason) {
-        let progress = Progress { attempts: 20, turn: 20, since: "2026-01-01T00:00:00Z".parse().unwrap() };
-        for event in events {
-            let letter = DeadLetter::new(self.key(*event, subscription), progress, reason);
-            pg::bury(&self.owner, &letter).await.unwrap();
-        }
-    }
-
-    async fn start(&self, selection: Selection, per_second: u32) -> ReplayId {
-        self.start_for(self.whose, selection, per_second).await
-    }
-
-    async fn start_for(&self, whose: Whose, selection: Selection, per_second: u32) -> ReplayId {
-        let id = ReplayId(SystemIds.next());
-        let new = NewReplay { id, whose, selection, per_second, request: None };
-        match pg::create_replay(&self.owner, &new).await.unwrap() {
-            CreateReplay::Stored(_) => id,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    async fn job(&self, id: ReplayId) -> Replay {
-        pg::replay(&self.owner, self.whose, id).await.unwrap().unwrap()
-    }
-
-    /// How many deliveries are in each state, and how many turns they have had beyond their first replay.
-    async fn states(&self) -> Vec<(String, i64)> {
-        sqlx::query_as("SELECT state, count(*) FROM delivery_states GROUP BY state ORDER BY state")
-            .fetch_all(&self.owner)
-            .await
-            .unwrap()
-    }
-
-    /// Works until the job has ended; the waits between chunks are skipped.
-    async fn finish(&self, id: ReplayId) -> Replay {
-        loop {
-            let job = self.job(id).await;
-            if job.finished_at.is_some() {
-                return job;
-            }
-            self.skip_wait().await;
-            replay_due(&self.scheduler).await.unwrap();
-        }
-    }
-
-    async fn skip_wait(&self) {
-        sqlx::query("UPDATE replays SET next_at = now() WHERE finished_at IS NULL")
-            .execute(&self.owner)
-            .await
-            .unwrap();
-    }
-
-    async fn end(self) {
-        self.owner.close().await;
-        self.scheduler.close().await;
-        self.database.drop().await.unwrap();
-    }
-}
-
-fn since(subscription: SubscriptionId) -> Selection {
-    Selection::Subscription {
-        subscription,
-        since: "2020-01-01T00:00:00Z".parse().unwrap(),
-        until: "2100-01-01T00:00:00Z".parse().unwrap(),
-    }
-}
-
-fn dead_letters(action: DeadLetterAction, filter: DeadLetterFilter) -> Selection {
-    Selection::DeadLetters { action, which: DeadLetters::Filter(filter) }
-}
-
-fn progress(job: &Replay) -> (ReplayState, u64, u64) {
-    (job.state, job.looked, job.replayed)
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_kill_in_the_middle_of_a_chunk_repeats_and_loses_nothing() {
@@ -378,7 +208,7 @@ async fn a_replay_restarts_every_delivery_but_a_cancelled_one() {
     assert_eq!(progress(&scene.finish(id).await), (ReplayState::Done, 6, 5));
     for (key, state) in keys.iter().zip(State::ALL) {
         let (now, turn) = pg::standing(&scene.owner, key.id).await.unwrap().unwrap();
-        assert_eq!(now, state.after(bus_core::lifecycle::Step::Replay, false));
+        assert_eq!(now, state.after(Step::Replay, false));
         assert_eq!(turn, 9_000_000_000_000 + i64::from(state != State::Cancelled), "later than any before");
     }
     let due: Vec<(i32, bool)> = sqlx::query_as(
@@ -494,106 +324,4 @@ async fn a_job_that_cannot_be_read_does_not_keep_others_from_their_turn() {
         .unwrap();
     assert_eq!(state, "failed inconsistent");
     scene.end().await;
-}
-
-/// A page of a large list reads as many rows as it shows, whatever the filter's index.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_page_of_dead_letters_is_not_a_scan() {
-    let scene = Scene::new().await;
-    let subscription = scene.subscription(">", None).await;
-    sqlx::query(
-        "INSERT INTO delivery_states (delivery_id, event_uid, organization_id, subscription_id, connection_id,
-                                      connection_version, state, turn, attempts, since, reason, changed_at)
-         SELECT gen_random_uuid(), $4, CASE WHEN n % 2 = 0 THEN $1 ELSE gen_random_uuid() END,
-                CASE WHEN n % 4 = 0 THEN $2 ELSE gen_random_uuid() END,
-                CASE WHEN n % 4 = 0 THEN $3 ELSE gen_random_uuid() END, 1, 'dead', 1, 1, now(), 'x',
-                now() - n * interval '1 second'
-         FROM generate_series(1, 40000) AS n",
-    )
-    .bind(scene.whose.organization.0)
-    .bind(subscription.0)
-    .bind(scene.connection.0)
-    .bind(uuid_floor("2026-01-01T00:00:00Z".parse().unwrap()))
-    .execute(&scene.owner)
-    .await
-    .unwrap();
-    let session = PgPoolOptions::new().max_connections(1).connect(scene.database.url()).await.unwrap();
-    let read = async || rows_read(&session, "delivery_states").await;
-    // Before and after the planner knows the table.
-    for analyzed in [false, true] {
-        if analyzed {
-            sqlx::query("ANALYZE delivery_states").execute(&session).await.unwrap();
-        }
-        let of_connection = DeadLetterFilter { connection: Some(scene.connection), ..Default::default() };
-        let of_subscription = DeadLetterFilter { subscription: Some(subscription), ..Default::default() };
-        for filter in [DeadLetterFilter::default(), of_connection, of_subscription] {
-            let before = read().await;
-            let page = pg::dead_letters(&session, scene.whose, &filter, None, 50).await.unwrap();
-            let next = pg::dead_letters(&session, scene.whose, &filter, page.next, 50).await.unwrap();
-            assert_eq!((page.items.len(), next.items.len()), (50, 50));
-            let rows = read().await - before;
-            assert!(
-                (100..=110).contains(&rows),
-                "{rows} rows read for two pages, analyzed: {analyzed}, {filter:?}"
-            );
-        }
-        // What is looked for and not there is looked for in a bounded number of rows.
-        let nothing = DeadLetterFilter { reason: Some("none".into()), ..Default::default() };
-        let page = pg::dead_letters(&session, scene.whose, &nothing, None, 50).await.unwrap();
-        assert!(page.items.is_empty() && page.next.is_some());
-    }
-    session.close().await;
-    scene.end().await;
-}
-
-/// The events of others, however many there are, are not read past.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_walk_reads_only_what_it_may_match() {
-    let scene = Scene::new().await;
-    let (any, exact) = (scene.subscription(">", None).await, scene.subscription("b", None).await);
-    scene.events("a", 40).await;
-    scene.events("b", 3).await;
-    sqlx::query(
-        "INSERT INTO events (uid, organization_id, id, source, type, time, body)
-         SELECT overlay($1::text placing lpad(to_hex(n), 12, '0') from 25)::uuid, gen_random_uuid(), 'x', '/test', 'b',
-                now(), '' FROM generate_series(1, 20000) AS n",
-    )
-    .bind(SystemIds.next())
-    .execute(&scene.owner)
-    .await
-    .unwrap();
-    let session = PgPoolOptions::new().max_connections(1).connect(scene.database.url()).await.unwrap();
-    for analyzed in [false, true] {
-        if analyzed {
-            sqlx::query("ANALYZE events").execute(&session).await.unwrap();
-        }
-        for (subscription, events) in [(any, 43), (exact, 3)] {
-            let id = scene.start(since(subscription), 1_000).await;
-            let before = rows_read(&session, "events%").await;
-            replay_due(&session).await.unwrap();
-            let rows = rows_read(&session, "events%").await - before;
-            assert_eq!(progress(&scene.job(id).await), (ReplayState::Done, events, events));
-            let events = i64::try_from(events).unwrap();
-            assert!(
-                (events..events + 20).contains(&rows),
-                "{rows} rows read for {events}, analyzed: {analyzed}"
-            );
-        }
-    }
-    session.close().await;
-    scene.end().await;
-}
-
-/// The rows that were read of the tables of that name so far, through indexes or past them. What the session of
-/// the pool has read is counted now; a session of its own makes that exact.
-async fn rows_read(session: &PgPool, tables: &str) -> i64 {
-    sqlx::query("SELECT pg_stat_force_next_flush()").execute(session).await.unwrap();
-    sqlx::query_scalar(
-        "SELECT ((SELECT sum(seq_tup_read) FROM pg_stat_user_tables WHERE relname LIKE $1)
-                 + (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname LIKE $1))::int8",
-    )
-    .bind(tables)
-    .fetch_one(session)
-    .await
-    .unwrap()
 }

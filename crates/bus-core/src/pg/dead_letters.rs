@@ -118,7 +118,7 @@ macro_rules! columns {
 pub(super) async fn read_in_order(connection: &mut PgConnection) -> Result<(), StoreError> {
     sqlx::query(
         "SELECT set_config(name, 'off', true) FROM UNNEST(ARRAY ['enable_seqscan', 'enable_sort',
-                'enable_bitmapscan', 'enable_hashjoin', 'enable_mergejoin']) AS name",
+                'enable_incremental_sort', 'enable_bitmapscan', 'enable_hashjoin', 'enable_mergejoin']) AS name",
     )
     .execute(connection)
     .await

@@ -6,6 +6,7 @@ use axum::{Json as Answer, extract::State, response::Response};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bus_core::{
     ids::{ConnectionId, DeliveryId, EventUid, SubscriptionId},
+    notify::Hint,
     pattern::TypePattern,
     pg::{
         self, DeadLetterAction, DeadLetterFilter, DeadLetterRecord, DeadLetters, DeadPlace, LastAttempt,
@@ -301,7 +302,10 @@ async fn settle(
     let mut connection = pg::acquire(&api.pool).await?;
     match pg::settle_dead_letters(&mut connection, principal.whose(), &[id.0], action).await? {
         0 => Err(Problem::not_found()),
-        _ => Ok(()),
+        _ => {
+            api.hints.notify(Hint::Due).await;
+            Ok(())
+        }
     }
 }
 
