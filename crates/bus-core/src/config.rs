@@ -148,9 +148,12 @@ pub enum LogFormat {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShutdownConfig {
-    /// After a signal, work in flight may take this long, milliseconds. Must be less than the
-    /// `terminationGracePeriodSeconds` of the deployment.
+    /// After a signal, work in flight may take this long, milliseconds. Less than
+    /// [`ShutdownConfig::grace_s`].
     pub drain_ms: u64,
+    /// After this time whoever sent the signal kills the process, seconds: the deployment's
+    /// `terminationGracePeriodSeconds`.
+    pub grace_s: u64,
 }
 
 /// Every top-level key of any role. One file or one environment may serve all binaries, so a section
@@ -308,6 +311,13 @@ impl Common {
         let nats = self.nats.url.as_ref().map(|url| url.expose_secret()).unwrap_or_default();
         if nats.split(',').any(|server| !nats.is_empty() && server.trim().parse::<ServerAddr>().is_err()) {
             return Some("nats.url is not a list of servers (nats://user:password@host:port)".into());
+        }
+        let grace = self.shutdown.grace_s.saturating_mul(1_000);
+        if self.shutdown.drain_ms >= grace {
+            return Some(format!(
+                "shutdown.drain_ms ({}) must be less than shutdown.grace_s ({}), or a drain is killed before it ends",
+                self.shutdown.drain_ms, self.shutdown.grace_s
+            ));
         }
         if let Err(refused) = EnvFilter::try_new(&self.telemetry.filter) {
             return Some(format!("telemetry.filter: {refused}"));

@@ -58,6 +58,20 @@ pub enum Step {
     Discard,
 }
 
+impl Step {
+    /// All steps.
+    pub const ALL: [Self; 8] = [
+        Self::Succeeded,
+        Self::Postponed,
+        Self::GivenUp,
+        Self::Returned,
+        Self::Ack,
+        Self::Cancel,
+        Self::Replay,
+        Self::Discard,
+    ];
+}
+
 impl State {
     /// All states.
     pub const ALL: [Self; 6] =
@@ -111,5 +125,64 @@ impl FromStr for State {
     type Err = ();
     fn from_str(text: &str) -> Result<Self, ()> {
         Self::ALL.into_iter().find(|state| state.as_str() == text).ok_or(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{prelude::*, sample::select};
+
+    use super::*;
+
+    fn steps() -> impl Strategy<Value = Vec<(Step, bool)>> {
+        prop::collection::vec((select(&Step::ALL[..]), any::<bool>()), 0..40)
+    }
+
+    proptest! {
+        #[test]
+        fn a_cancelled_delivery_stays_cancelled(steps in steps()) {
+            let end = steps.iter().fold(State::Cancelled, |state, (step, late)| state.after(*step, *late));
+            prop_assert_eq!(end, State::Cancelled);
+        }
+
+        #[test]
+        fn nothing_but_a_replay_or_a_discard_reopens_or_changes_what_is_over(steps in steps()) {
+            for start in State::ALL.into_iter().filter(|state| !state.is_open()) {
+                let mut state = start;
+                for (step, late) in steps.iter().take_while(|(step, _)| !matches!(step, Step::Replay | Step::Discard)) {
+                    state = state.after(*step, *late);
+                }
+                prop_assert_eq!(state, start);
+            }
+        }
+
+        #[test]
+        fn a_late_result_changes_nothing(state in select(&State::ALL[..])) {
+            for step in [Step::Succeeded, Step::Postponed, Step::GivenUp, Step::Returned] {
+                prop_assert_eq!(state.after(step, true), state);
+            }
+        }
+
+        #[test]
+        fn a_worker_is_overruled_by_what_is_over_and_by_a_later_turn(
+            state in select(&State::ALL[..]), at in 0i64..100, turn in 0i64..100,
+        ) {
+            let overruled = state.overrules(at, turn);
+            match state {
+                State::Acked | State::Cancelled => prop_assert!(overruled),
+                _ if at > turn => prop_assert!(overruled),
+                State::Queued | State::Waiting => prop_assert!(!overruled),
+                // An earlier end does not overrule a replay.
+                State::Delivered | State::Dead => prop_assert_eq!(overruled, at == turn),
+            }
+        }
+    }
+
+    #[test]
+    fn states_are_read_as_they_are_written() {
+        for state in State::ALL {
+            assert_eq!(state.as_str().parse(), Ok(state));
+        }
+        assert_eq!("gone".parse::<State>(), Err(()));
     }
 }

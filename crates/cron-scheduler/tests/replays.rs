@@ -15,6 +15,7 @@ use bus_core::{
         self, ClaimReplay, CreateReplay, DeadLetter, DeadLetterAction, DeadLetterFilter, DeadLetters,
         NewReplay, Replay, ReplayState, Selection, Whose,
     },
+    retry::DeadReason,
 };
 use cron_scheduler::{replay_chunk, replay_due};
 use devkit::{
@@ -115,7 +116,7 @@ impl Scene {
         }
     }
 
-    async fn dead(&self, events: &[EventUid], subscription: SubscriptionId, reason: &'static str) {
+    async fn dead(&self, events: &[EventUid], subscription: SubscriptionId, reason: DeadReason) {
         let progress = Progress { attempts: 20, turn: 20, since: "2026-01-01T00:00:00Z".parse().unwrap() };
         for event in events {
             let letter = DeadLetter::new(self.key(*event, subscription), progress, reason);
@@ -409,8 +410,8 @@ async fn dead_letters_go_by_filter_and_only_those_that_were_dead_before() {
     let scene = Scene::new().await;
     let subscription = scene.subscription(">", None).await;
     let (a, b) = (scene.events("a.x", 12).await, scene.events("b.x", 8).await);
-    scene.dead(&a, subscription, "exhausted").await;
-    scene.dead(&b, subscription, "expired").await;
+    scene.dead(&a, subscription, DeadReason::AttemptsExhausted).await;
+    scene.dead(&b, subscription, DeadReason::Expired).await;
     let filter = DeadLetterFilter { event_type: Some("a.*".parse().unwrap()), ..Default::default() };
     let id = scene.start(dead_letters(DeadLetterAction::Replay, filter), 5).await;
     replay_due(&scene.scheduler).await.unwrap();
@@ -423,7 +424,7 @@ async fn dead_letters_go_by_filter_and_only_those_that_were_dead_before() {
             .unwrap();
     let progress_again = Progress { attempts: 1, turn: again.1, since: Timestamp::UNIX_EPOCH };
     let key = scene.key(EventUid(again.0), subscription);
-    pg::bury(&scene.owner, &DeadLetter::new(key, progress_again, "expired")).await.unwrap();
+    pg::bury(&scene.owner, &DeadLetter::new(key, progress_again, DeadReason::Expired)).await.unwrap();
     assert_eq!(progress(&scene.finish(id).await), (ReplayState::Done, 20, 12));
     assert_eq!(scene.states().await, [("dead".to_owned(), 9), ("waiting".to_owned(), 11)]);
 
@@ -439,7 +440,7 @@ async fn i3_a_job_touches_nothing_of_others() {
     let scene = Scene::new().await;
     let subscription = scene.subscription(">", None).await;
     let events = scene.events("a", 3).await;
-    scene.dead(&events, subscription, "exhausted").await;
+    scene.dead(&events, subscription, DeadReason::AttemptsExhausted).await;
     let ids: Vec<DeliveryId> = events.iter().map(|event| scene.key(*event, subscription).id).collect();
     let stranger = OrganizationId(SystemIds.next());
     sqlx::query("INSERT INTO organizations (id, name) VALUES ($1, 'stranger')")

@@ -155,6 +155,7 @@ mod tests {
     #[case::defaults("EVENT_BUS_LANES", "4", None)]
     #[case::ack_wait("EVENT_BUS_NATS__ACK_WAIT_MS", "35000", Some("nats.ack_wait_ms"))]
     #[case::drain("EVENT_BUS_SHUTDOWN__DRAIN_MS", "30000", Some("shutdown.drain_ms"))]
+    #[case::grace("EVENT_BUS_SHUTDOWN__GRACE_S", "45", Some("shutdown.grace_s"))]
     #[case::timeout("EVENT_BUS_SINK__MAX_TIMEOUT_MS", "60000", Some("sink.max_timeout_ms"))]
     #[case::in_flight("EVENT_BUS_WORKER__IN_FLIGHT", "3", Some("worker.in_flight"))]
     #[case::retry("EVENT_BUS_WORKER__RETRY__FACTOR", "0.5", Some("worker.retry.factor"))]

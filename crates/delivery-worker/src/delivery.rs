@@ -23,8 +23,15 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 
 use crate::{
-    batching::Batcher, bodies::Bodies, closed::ClosedDeliveries, config::LoopConfig,
-    connections::Connections, hold::Hold, parking::Parking, patience::Patience, receipts::Receipts,
+    batching::Batcher,
+    bodies::Bodies,
+    closed::ClosedDeliveries,
+    config::LoopConfig,
+    connections::Connections,
+    hold::Hold,
+    parking::Parking,
+    patience::{Patience, held_during},
+    receipts::Receipts,
 };
 
 /// What a [`Deliverer`] is made of.
@@ -199,7 +206,9 @@ impl Deliverer {
     /// Makes one attempt and draws its consequences, for each delivery of the parcel.
     async fn attempt(&self, receiver: &Receiver, parcel: Parcel<'_>, in_hand: Vec<InHand>) {
         let at = self.parts.clock.now();
-        let reports = self.parts.webhooks.attempt(&receiver.connection, parcel, at).await;
+        let holds: Vec<&Hold> = in_hand.iter().map(|one| &one.hold).collect();
+        let attempt = self.parts.webhooks.attempt(&receiver.connection, parcel, at);
+        let reports = held_during(&holds, attempt).await;
         if let Some(report) = reports.first() {
             histogram!("bus_attempt_duration_seconds").record(report.duration.as_secs_f64());
         }

@@ -37,14 +37,14 @@ impl Hold {
         self.renewed.lock().unwrap_or_else(PoisonError::into_inner).elapsed() >= self.lasts
     }
 
-    /// Keeps it from ending while its delivery waits.
+    /// Keeps it from ending while its delivery waits. What is lost is not won back: it is somebody else's hold.
     pub(crate) async fn extend(&self) {
-        let lost = self.is_lost();
+        if self.is_lost() {
+            return;
+        }
         let now = Instant::now();
         match self.lease.extend().await {
-            // What was lost is not won back: somebody else may have it already.
-            Ok(()) if !lost => *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = now,
-            Ok(()) => {}
+            Ok(()) => *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = now,
             Err(failed) => {
                 warn!(delivery.id = %self.key.id, error = %Chain(&failed), "A hold may end before its delivery");
             }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use bus_core::{launcher::BoxError, telemetry::Chain};
+use futures::future::join_all;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -30,7 +31,7 @@ impl Patience {
     {
         let mut said = false;
         loop {
-            match held_during(hold, attempt()).await {
+            match held_during(&[hold], attempt()).await {
                 Ok(done) => {
                     if said {
                         info!(delivery.id = %hold.key.id, "The delivery goes on");
@@ -54,13 +55,16 @@ impl Patience {
     }
 }
 
-/// Extends the hold while `work` is under way: a slow database must not let it end either.
-pub(crate) async fn held_during<T>(hold: &Hold, work: impl Future<Output = T>) -> T {
+/// Extends the holds while `work` is under way: neither a slow database nor a slow subscriber, as long as it
+/// stays below its deadline, lets them end.
+pub(crate) async fn held_during<T>(holds: &[&Hold], work: impl Future<Output = T>) -> T {
     tokio::pin!(work);
     loop {
         match tokio::time::timeout(AGAIN, &mut work).await {
             Ok(done) => return done,
-            Err(_) => hold.extend().await,
+            Err(_) => {
+                join_all(holds.iter().map(|hold| hold.extend())).await;
+            }
         }
     }
 }

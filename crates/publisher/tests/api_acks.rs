@@ -94,7 +94,7 @@ async fn an_ack_closes_what_is_open_for_that_connection_and_nothing_else() {
 
     // Dead: there is nothing open, and it stays dead.
     let (mine, _) = scene.publish("c").await;
-    mine.bury(&scene.pool, 3, "exhausted").await;
+    mine.bury(&scene.pool, 3, "attempts_exhausted").await;
     let path = format!("/v1/events/{}/ack", mine.key.event);
     assert_eq!(bare(&bound, &path).await.expect(200).body, json!({ "acked": [] }));
     assert_eq!(mine.standing(&scene.pool).await.unwrap().0, "dead");
@@ -110,7 +110,7 @@ async fn a_late_result_does_not_overwrite_an_ack() {
     // A worker held it meanwhile, and comes now with a failure, and then with the last one.
     mine.park(&scene.pool, 1).await;
     assert_eq!(mine.standing(&scene.pool).await.unwrap().0, "acked");
-    mine.bury(&scene.pool, 20, "exhausted").await;
+    mine.bury(&scene.pool, 20, "attempts_exhausted").await;
     assert_eq!(mine.standing(&scene.pool).await.unwrap().0, "acked");
     assert!(scene.tenant.api.all("/v1/dead-letters", 50).await.is_empty());
 

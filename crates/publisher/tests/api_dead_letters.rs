@@ -60,8 +60,8 @@ async fn post(caller: &Caller, path: &str) -> devkit::client::Reply {
 async fn dead_letters_are_listed_by_what_people_look_for() {
     let scene = Scene::start().await;
     let api = &scene.tenant.api;
-    let a = scene.dead("order.created", 0, "exhausted").await;
-    let b = scene.dead("order.paid", 1, "exhausted").await;
+    let a = scene.dead("order.created", 0, "attempts_exhausted").await;
+    let b = scene.dead("order.paid", 1, "attempts_exhausted").await;
     let c = scene.dead("invoice.created", 0, "expired").await;
     let (first, second) = (&scene.to[0], &scene.to[1]);
 
@@ -71,7 +71,7 @@ async fn dead_letters_are_listed_by_what_people_look_for() {
         json!({
             "id": a.id(),
             "event": { "uid": a.key.event, "id": a.key.event, "source": "/shop", "type": "order.created" },
-            "subscriptionId": first.1, "connectionId": first.0, "reason": "exhausted", "attempts": 20,
+            "subscriptionId": first.1, "connectionId": first.0, "reason": "attempts_exhausted", "attempts": 20,
             "diedAt": shown["diedAt"],
             "last": {
                 "status": 500, "body": "no \u{fffd} thanks", "error": "answered 500",
@@ -127,7 +127,7 @@ async fn dead_letters_are_listed_by_what_people_look_for() {
 async fn a_dead_letter_is_replayed_with_a_new_lifetime() {
     let scene = Scene::start().await;
     let api = &scene.tenant.api;
-    let dead = scene.dead("order.created", 0, "exhausted").await;
+    let dead = scene.dead("order.created", 0, "attempts_exhausted").await;
     let path = format!("/v1/dead-letters/{}/replay", dead.id());
     post(api, &path).await.is(202);
     let (state, turn, attempts, due, fresh, version): (String, i64, i32, bool, bool, i64) = sqlx::query_as(
@@ -147,7 +147,7 @@ async fn a_dead_letter_is_replayed_with_a_new_lifetime() {
     assert_eq!(of(&dead.id()).unwrap()["status"], "waiting");
 
     // The worker of the old turn gives it up once more: too late.
-    dead.bury(&scene.pool, 21, "exhausted").await;
+    dead.bury(&scene.pool, 21, "attempts_exhausted").await;
     assert_eq!(dead.standing(&scene.pool).await, Some(("waiting".to_owned(), turn)));
     // It dies again in its new turn, and is replayed again: a later turn still.
     dead.bury(&scene.pool, turn + 3, "expired").await;
@@ -160,7 +160,7 @@ async fn a_dead_letter_is_replayed_with_a_new_lifetime() {
 async fn a_discarded_dead_letter_is_gone_for_good() {
     let scene = Scene::start().await;
     let api = &scene.tenant.api;
-    let dead = scene.dead("order.created", 0, "exhausted").await;
+    let dead = scene.dead("order.created", 0, "attempts_exhausted").await;
     let path = format!("/v1/dead-letters/{}", dead.id());
     api.delete(&path).await.is(204);
     problem(&api.delete(&path).await, 404, "not-found");
@@ -168,7 +168,7 @@ async fn a_discarded_dead_letter_is_gone_for_good() {
     problem(&post(api, &format!("{path}/replay")).await, 404, "not-found");
     assert!(ids(api, "", 50).await.is_empty());
     // Neither a late result nor a replay nor an ack changes it.
-    dead.bury(&scene.pool, 99, "exhausted").await;
+    dead.bury(&scene.pool, 99, "attempts_exhausted").await;
     dead.park(&scene.pool, 99).await;
     let ack = json!({ "connectionId": scene.to[0].0 });
     let acked = api.post(&format!("/v1/events/{}/ack", dead.key.event), ack).await.expect(200);

@@ -262,7 +262,7 @@ async fn furnish(bus: &Bus, pool: &PgPool) -> Victim {
     let event = tenant.api.post("/v1/events", event).await.expect(202).text("/uid").to_owned();
     let key = bus.admin.all(&tenant.keys(), 1).await[0]["id"].as_str().unwrap().to_owned();
     let dead = Published::new(&tenant, &event, &subscription, &connection);
-    dead.bury(pool, 20, "exhausted").await;
+    dead.bury(pool, 20, "attempts_exhausted").await;
     let all = json!({ "filter": {} });
     let replay = tenant.api.post("/v1/dead-letters/replay", all).await.expect(202).id().to_owned();
     let dead_letter = dead.id();

@@ -197,7 +197,7 @@ async fn dead_letters_are_replayed_and_discarded_by_the_scheduler() {
     for event_type in ["a", "a", "b", "b"] {
         let event = publish(&tenant, event_type, json!(1)).await;
         let published = Published::new(&tenant, &event, &subscription, &connection);
-        published.bury(&pool, 20, "exhausted").await;
+        published.bury(&pool, 20, "attempts_exhausted").await;
         dead.push(published);
     }
     let job = api.post("/v1/dead-letters/discard", json!({ "filter": { "type": "a" } })).await.expect(202);

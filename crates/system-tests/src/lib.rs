@@ -2,16 +2,24 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use anyhow::Result;
 use devkit::{client::ApiClient, receiver::Receiver, stack::Stack, wait_until};
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 
 /// Within this time everything that was accepted has arrived, whatever died meanwhile: longer than a lost
 /// message takes to be given out again and a dead publisher's outbox row to be taken over.
 pub const ARRIVAL: Duration = Duration::from_secs(120);
+
+/// Within this time more events are accepted, whatever died meanwhile.
+const MORE: Duration = Duration::from_secs(60);
 
 /// `sink.max_timeout_ms` and the shortest `nats.ack_wait_ms` that goes with it, so that what a dead worker
 /// held comes again soon.
@@ -62,6 +70,65 @@ impl Tenant {
         let event = json!({ "type": event_type, "data": { "n": n } });
         let reply = self.api.publish(&event).await.ok()?;
         (reply.status == 202).then(|| reply.id().to_owned())
+    }
+}
+
+/// Publishes from several tasks until told to stop; an event counts if it was answered 202.
+#[derive(Debug)]
+pub struct Load {
+    accepted: Arc<Mutex<BTreeSet<String>>>,
+    stop: Arc<AtomicBool>,
+    tasks: JoinSet<()>,
+}
+
+impl Load {
+    /// Starts four tasks that take turns with these tenants.
+    pub fn start(tenants: &[Tenant]) -> Self {
+        let (accepted, stop) = (Arc::<Mutex<BTreeSet<String>>>::default(), Arc::<AtomicBool>::default());
+        let mut tasks = JoinSet::new();
+        for tenant in tenants.iter().cycle().take(4) {
+            let (tenant, accepted, stop) = (tenant.clone(), accepted.clone(), stop.clone());
+            tasks.spawn(async move {
+                for n in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    match tenant.publish_number("load.test", n).await {
+                        Some(id) => {
+                            accepted.lock().expect("no task panics while it holds the list").insert(id);
+                        }
+                        // Refused, or nobody there: another try at once would only burn the processor.
+                        None => tokio::time::sleep(Duration::from_millis(20)).await,
+                    }
+                }
+            });
+        }
+        Self { accepted, stop, tasks }
+    }
+
+    /// How many events were accepted so far.
+    pub fn accepted(&self) -> usize {
+        self.accepted.lock().expect("no task panics while it holds the list").len()
+    }
+
+    /// Waits until this many more than now have been accepted.
+    ///
+    /// # Panics
+    /// After a minute.
+    pub async fn more(&self, n: usize) {
+        let goal = self.accepted() + n;
+        wait_until("more accepted events", MORE, || async {
+            let accepted = self.accepted();
+            if accepted >= goal { Ok(()) } else { Err(format!("{accepted} of {goal}")) }
+        })
+        .await;
+    }
+
+    /// Stops, and gives the ids of all that were accepted.
+    pub async fn finish(mut self) -> BTreeSet<String> {
+        self.stop.store(true, Ordering::Relaxed);
+        while self.tasks.join_next().await.is_some() {}
+        std::mem::take(&mut *self.accepted.lock().expect("no task panics while it holds the list"))
     }
 }
 

@@ -2,27 +2,17 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::{
-    collections::BTreeSet,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::BTreeSet, time::Duration};
 
 use devkit::{
     processes::Role,
     receiver::{Answer, Receiver},
     servers::Durability,
     stack::{Backend, ServerChoice, Stack, StackOptions},
-    wait_until,
 };
-use system_tests::{QUICK_ACK_WAIT_MS, QUICK_TIMEOUT_MS, Tenant, all_arrived};
-use tokio::task::JoinSet;
+use system_tests::{Load, QUICK_ACK_WAIT_MS, QUICK_TIMEOUT_MS, Tenant, all_arrived};
 
 const PATHS: [&str; 2] = ["/a", "/b"];
-const DEADLINE: Duration = Duration::from_secs(60);
 
 fn durable() -> StackOptions {
     StackOptions::default()
@@ -39,58 +29,6 @@ async fn started(options: StackOptions) -> (Stack, Receiver, Tenant) {
         tenant.receive(&receiver, path, "load.*").await.unwrap();
     }
     (stack, receiver, tenant)
-}
-
-/// Publishes from several tasks until told to stop; an event counts if it was answered 202.
-struct Load {
-    accepted: Arc<Mutex<BTreeSet<String>>>,
-    stop: Arc<AtomicBool>,
-    tasks: JoinSet<()>,
-}
-
-impl Load {
-    fn start(tenants: &[Tenant]) -> Self {
-        let (accepted, stop) = (Arc::<Mutex<BTreeSet<String>>>::default(), Arc::<AtomicBool>::default());
-        let mut tasks = JoinSet::new();
-        for tenant in tenants.iter().cycle().take(4) {
-            let (tenant, accepted, stop) = (tenant.clone(), accepted.clone(), stop.clone());
-            tasks.spawn(async move {
-                for n in 0.. {
-                    if stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    match tenant.publish_number("load.test", n).await {
-                        Some(id) => {
-                            accepted.lock().unwrap().insert(id);
-                        }
-                        // Refused, or nobody there: another try at once would only burn the processor.
-                        None => tokio::time::sleep(Duration::from_millis(20)).await,
-                    }
-                }
-            });
-        }
-        Self { accepted, stop, tasks }
-    }
-
-    fn accepted(&self) -> usize {
-        self.accepted.lock().unwrap().len()
-    }
-
-    /// Waits until this many more than now have been accepted.
-    async fn more(&self, n: usize) {
-        let goal = self.accepted() + n;
-        wait_until("more accepted events", DEADLINE, || async {
-            let accepted = self.accepted();
-            if accepted >= goal { Ok(()) } else { Err(format!("{accepted} of {goal}")) }
-        })
-        .await;
-    }
-
-    async fn finish(mut self) -> BTreeSet<String> {
-        self.stop.store(true, Ordering::Relaxed);
-        while self.tasks.join_next().await.is_some() {}
-        std::mem::take(&mut *self.accepted.lock().unwrap())
-    }
 }
 
 #[tokio::test]

@@ -71,6 +71,28 @@ fn a_configuration_that_cannot_be_used_ends_with_64_and_the_reason() {
 }
 
 #[test]
+fn memory_is_for_the_process_of_every_role_alone() {
+    let environment = [URLS[0], ("EVENT_BUS_BACKEND", "memory")];
+    for role in Role::ALL {
+        let refused = output(role, &[], &environment);
+        let reason = text(&refused.stderr);
+        assert_eq!(refused.status.code(), Some(64), "{}: {reason}", role.binary());
+        assert!(reason.contains("memory") && reason.contains("event-bus"), "{reason}");
+    }
+    let checked = output(Role::EventBus, &["--check-config"], &environment);
+    let shown = text(&checked.stdout);
+    assert_eq!(checked.status.code(), Some(0), "{}", text(&checked.stderr));
+    for section in ["publish.max_batch", "worker.in_flight", "maintenance.partitions_ahead_days"] {
+        assert!(shown.contains(section), "no {section} in {shown}");
+    }
+    let refused =
+        output(Role::EventBus, &[], &[&environment[..], &[("EVENT_BUS_WORKER__IN_FLIHGT", "3")]].concat());
+    let reason = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(64), "{reason}");
+    assert!(reason.contains("in_flihgt"), "{reason}");
+}
+
+#[test]
 fn version_and_help_are_answered() {
     for role in Role::ALL {
         let version = output(role, &["--version"], &[]);

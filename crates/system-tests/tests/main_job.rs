@@ -11,6 +11,7 @@ use devkit::{
     stack::{Backend, Stack, StackOptions},
     wait_until,
 };
+use rstest::rstest;
 use serde_json::{Value, json};
 use system_tests::{Tenant, all_arrived, arrivals};
 
@@ -23,7 +24,11 @@ async fn started(backend: Backend) -> (Stack, Receiver, Tenant) {
     (stack, receiver, tenant)
 }
 
-async fn reaches_its_subscribers(backend: Backend) {
+#[rstest]
+#[tokio::test]
+async fn an_event_reaches_exactly_its_subscribers(
+    #[values(Backend::Jetstream, Backend::Postgres, Backend::Memory)] backend: Backend,
+) {
     let (stack, receiver, tenant) = started(backend).await;
     let (orders, secret) = tenant.webhook("orders", &receiver.url("/orders")).await.unwrap();
     tenant.subscribe(&orders, "order.*").await.unwrap();
@@ -74,16 +79,6 @@ async fn reaches_its_subscribers(backend: Backend) {
     stack.shutdown().await.unwrap();
 }
 
-#[tokio::test]
-async fn an_event_reaches_exactly_its_subscribers() {
-    reaches_its_subscribers(Backend::Jetstream).await;
-}
-
-#[tokio::test]
-async fn an_event_reaches_exactly_its_subscribers_without_nats() {
-    reaches_its_subscribers(Backend::Postgres).await;
-}
-
 /// Each delivery's status of an event, by the history.
 async fn delivery_states(tenant: &Tenant, event: &str) -> Vec<String> {
     let reply = tenant.api.get(&format!("/v1/events/{event}/deliveries")).await.unwrap().expect(200);
@@ -91,9 +86,12 @@ async fn delivery_states(tenant: &Tenant, event: &str) -> Vec<String> {
     items.iter().map(|item| item["status"].as_str().unwrap().to_owned()).collect()
 }
 
+#[rstest]
 #[tokio::test]
-async fn i3_an_event_of_one_organization_is_invisible_to_another() {
-    let (mut stack, receiver, acme) = started(Backend::Jetstream).await;
+async fn i3_an_event_of_one_organization_is_invisible_to_another(
+    #[values(Backend::Jetstream, Backend::Postgres, Backend::Memory)] backend: Backend,
+) {
+    let (mut stack, receiver, acme) = started(backend).await;
     let rival = Tenant::create(&mut stack, "rival").await.unwrap();
     acme.receive(&receiver, "/acme", ">").await.unwrap();
     rival.receive(&receiver, "/rival", ">").await.unwrap();
@@ -108,9 +106,12 @@ async fn i3_an_event_of_one_organization_is_invisible_to_another() {
     stack.shutdown().await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn i9_every_attempt_has_the_same_id_and_a_signature_of_its_own() {
-    let (stack, receiver, tenant) = started(Backend::Jetstream).await;
+async fn i9_every_attempt_has_the_same_id_and_a_signature_of_its_own(
+    #[values(Backend::Jetstream, Backend::Postgres, Backend::Memory)] backend: Backend,
+) {
+    let (stack, receiver, tenant) = started(backend).await;
     receiver.script("/flaky", Script::fail_first(2, 500));
     let (connection, secret) = tenant.webhook("flaky", &receiver.url("/flaky")).await.unwrap();
     tenant.subscribe(&connection, "retry.me").await.unwrap();
@@ -135,9 +136,13 @@ async fn i9_every_attempt_has_the_same_id_and_a_signature_of_its_own() {
     stack.shutdown().await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_long_retry_is_parked_and_comes_back_and_a_hopeless_one_is_dead_lettered() {
+async fn a_long_retry_is_parked_and_comes_back_and_a_hopeless_one_is_dead_lettered(
+    #[values(Backend::Jetstream, Backend::Postgres, Backend::Memory)] backend: Backend,
+) {
     let options = StackOptions::default()
+        .backend(backend)
         .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__RETRY__MAX_ATTEMPTS", 2)
         .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__RETRY__BASE_MS", 5_500);
     let mut stack = Stack::start(options).await.unwrap();
@@ -171,9 +176,12 @@ async fn a_long_retry_is_parked_and_comes_back_and_a_hopeless_one_is_dead_letter
     stack.shutdown().await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_repeated_publish_is_answered_alike_and_delivered_once() {
-    let (stack, receiver, tenant) = started(Backend::Jetstream).await;
+async fn a_repeated_publish_is_answered_alike_and_delivered_once(
+    #[values(Backend::Jetstream, Backend::Postgres, Backend::Memory)] backend: Backend,
+) {
+    let (stack, receiver, tenant) = started(backend).await;
     tenant.receive(&receiver, "/once", "once.>").await.unwrap();
     let event =
         json!({ "specversion": "1.0", "id": "o-1", "source": "/shop", "type": "once.only", "data": 0 });
@@ -193,9 +201,12 @@ async fn a_repeated_publish_is_answered_alike_and_delivered_once() {
     stack.shutdown().await.unwrap();
 }
 
+#[rstest]
 #[tokio::test]
-async fn a_large_event_travels_by_reference_and_arrives_whole() {
-    let (stack, receiver, tenant) = started(Backend::Jetstream).await;
+async fn a_large_event_travels_by_reference_and_arrives_whole(
+    #[values(Backend::Jetstream, Backend::Postgres, Backend::Memory)] backend: Backend,
+) {
+    let (stack, receiver, tenant) = started(backend).await;
     tenant.receive(&receiver, "/large", "large").await.unwrap();
     let text = "x".repeat(900_000);
     tenant.api.publish(&json!({ "type": "large", "data": text })).await.unwrap().expect(202);

@@ -37,7 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 #[derive(Debug, Args)]
 pub struct Demo {
     /// Where the deliveries wait
-    #[arg(long, value_enum, default_value = "jetstream")]
+    #[arg(long, value_enum, env = "EVENT_BUS_BACKEND", default_value = "jetstream")]
     backend: Backend,
     /// Another number, another story
     #[arg(long, default_value_t = SEED)]

@@ -6,6 +6,7 @@ use bus_core::{
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, SubscriptionId},
     pg::{self, DeadLetter, LastAttempt, Park},
+    retry::DeadReason,
 };
 use sqlx::PgPool;
 
@@ -57,6 +58,7 @@ impl Published {
             at: Some("2026-01-01T00:00:01.5Z".parse().unwrap()),
             duration: Some(Duration::from_millis(250)),
         };
+        let reason: DeadReason = serde_json::from_value(reason.into()).unwrap();
         let letter = DeadLetter { key: self.key, progress: self.progress(turn), reason, last };
         pg::bury(pool, &letter).await.unwrap();
     }
