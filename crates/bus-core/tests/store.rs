@@ -152,6 +152,27 @@ async fn a_parked_delivery_is_handed_out_when_due_and_to_one_scheduler() {
 }
 
 #[tokio::test]
+async fn a_delivery_that_is_twice_in_one_batch_counts_once_with_its_later_turn() {
+    let (database, pool) = database().await;
+    // A hold that ended too early: the worker has the delivery twice, and both attempts failed.
+    let (first, other) = (parked(&pool, 3, 0).await, parked(&pool, 1, 0).await);
+    let again = Park { next: first.next.next(4), reason: "not text: \0".into(), ..first.clone() };
+    pg::park(&pool, &[first.clone(), again.clone(), other, first.clone()]).await.unwrap();
+    let due = pg::take_due(&pool, 10, 60).await.unwrap();
+    assert_eq!(due.len(), 2);
+    assert!(due.iter().any(|due| due.key == first.key && due.progress == again.next));
+
+    let mut connection = pool.acquire().await.unwrap();
+    let twice = [(first.key, first.next), (again.key, again.next), (first.key, first.next)];
+    pg::insert_queued(&mut connection, &twice, 1).await.unwrap();
+    let turns: Vec<i64> =
+        sqlx::query_scalar("SELECT turn FROM delivery_queue").fetch_all(&pool).await.unwrap();
+    assert_eq!(turns, [again.next.turn]);
+    drop(connection);
+    end(database, pool).await;
+}
+
+#[tokio::test]
 async fn a_delivery_that_was_parked_again_meanwhile_stays() {
     let (database, pool) = database().await;
     let first = parked(&pool, 3, 0).await;

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 use uuid::Uuid;
 
-use super::{During as _, StoreError, publish::seconds};
+use super::{During as _, StoreError, publish::seconds, storable};
 use crate::{
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId},
@@ -80,7 +80,8 @@ impl DeadLetter {
     }
 }
 
-/// Parks deliveries. One that is closed or dead, or has come further than this turn, stays as it is.
+/// Parks deliveries. One that is closed or dead, or has come further than this turn, stays as it is. If one is
+/// among them twice, because a hold ended before its holder knew, its later turn counts.
 pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
     let each = |f: fn(&DeliveryKey) -> Uuid| parked.iter().map(|park| f(&park.key)).collect::<Vec<_>>();
     let int = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
@@ -91,12 +92,14 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
         "INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
                                            connection_version, state, attempts, turn, since, due_at, reason,
                                            last_status, last_error, last_attempt_at, last_duration_ms)
-         SELECT d, e, o, s, c, v, 'waiting', n, t, a, now() + make_interval(secs => wait), reason,
+         SELECT DISTINCT ON (d) d, e, o, s, c, v, 'waiting', n, t, a, now() + make_interval(secs => wait), reason,
                 status, error, at, duration
          FROM UNNEST($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::uuid[], $6::int8[], $7::int4[],
                      $8::int8[], $9::timestamptz[], $10::float8[], $11::text[], $12::int4[], $13::text[],
                      $14::timestamptz[], $15::int4[])
               AS u (d, e, o, s, c, v, n, t, a, wait, reason, status, error, at, duration)
+         -- In the same order everywhere, so that two workers do not wait for each other.
+         ORDER BY d, t DESC
          ON CONFLICT (delivery_id) DO UPDATE
              SET state = 'waiting', attempts = excluded.attempts, turn = excluded.turn, since = excluded.since,
                  due_at = excluded.due_at, lease_until = '-infinity', reason = excluded.reason,
@@ -115,9 +118,9 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
     .bind(parked.iter().map(|park| park.next.turn).collect::<Vec<_>>())
     .bind(since)
     .bind(parked.iter().map(|park| park.wait.as_secs_f64()).collect::<Vec<_>>())
-    .bind(parked.iter().map(|park| park.reason.as_str()).collect::<Vec<_>>())
+    .bind(parked.iter().map(|park| storable(&park.reason)).collect::<Vec<_>>())
     .bind(parked.iter().map(|park| park.last.status.map(i32::from)).collect::<Vec<_>>())
-    .bind(parked.iter().map(|park| park.last.error.as_deref()).collect::<Vec<_>>())
+    .bind(parked.iter().map(|park| park.last.error.as_deref().map(storable)).collect::<Vec<_>>())
     .bind(at)
     .bind(parked.iter().map(|park| park.last.duration.map(millis)).collect::<Vec<_>>())
     .execute(pool)
@@ -248,7 +251,7 @@ pub async fn bury(pool: &PgPool, dead: &DeadLetter) -> Result<(), StoreError> {
     .bind(dead.reason.as_str())
     .bind(dead.last.status.map(i32::from))
     .bind(dead.last.body.as_deref())
-    .bind(dead.last.error.as_deref())
+    .bind(dead.last.error.as_deref().map(storable))
     .bind(dead.last.at.map(jiff_sqlx::Timestamp::from))
     .bind(dead.last.duration.map(millis))
     .execute(pool)

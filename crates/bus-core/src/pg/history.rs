@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use sqlx::{PgPool, Row as _};
 use uuid::Uuid;
 
-use super::{During as _, StoreError};
+use super::{During as _, StoreError, storable};
 use crate::{
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, SubscriptionId},
     lifecycle::State,
@@ -90,7 +90,7 @@ pub async fn insert_attempts(pool: &PgPool, receipts: &[Receipt]) -> Result<(), 
     .bind(each(|receipt| receipt.connection.0))
     .bind(receipts.iter().map(|receipt| receipt.outcome.as_str()).collect::<Vec<_>>())
     .bind(receipts.iter().map(|receipt| receipt.status.map(i32::from)).collect::<Vec<_>>())
-    .bind(receipts.iter().map(|receipt| receipt.error.as_deref()).collect::<Vec<_>>())
+    .bind(receipts.iter().map(|receipt| receipt.error.as_deref().map(storable)).collect::<Vec<_>>())
     .bind(times)
     .bind(receipts.iter().map(|receipt| int(receipt.duration_ms)).collect::<Vec<_>>())
     .bind(receipts.iter().map(|receipt| receipt.turn).collect::<Vec<_>>())

@@ -148,6 +148,12 @@ pub fn pool(config: &PostgresConfig, role: &'static str) -> Result<PgPool, Store
         .connect_lazy_with(options))
 }
 
+/// Text that came from outside, without the one character that Postgres does not store. A statement that is
+/// refused for it would be repeated for ever.
+fn storable(text: &str) -> String {
+    text.replace('\0', "\u{fffd}")
+}
+
 /// Which of these roles (see [`pool`]) have a connection to this database now. One that connects through a
 /// pooler may be missing.
 pub async fn connected_roles(pool: &PgPool, roles: &[&str]) -> Result<Vec<String>, StoreError> {

@@ -277,9 +277,11 @@ pub async fn insert_queued(
         "INSERT INTO delivery_queue AS q (delivery_id, lane, event_uid, organization_id, subscription_id, connection_id,
                                           connection_version, attempts, turn, since, visible_at)
          SELECT d, l, e, o, s, c, v, n, t, a, now()
-         FROM UNNEST($1::uuid[], $2::int2[], $3::uuid[], $4::uuid[], $5::uuid[], $6::uuid[], $7::int8[], $8::int4[],
-                     $9::int8[], $10::timestamptz[])
-              WITH ORDINALITY AS u (d, l, e, o, s, c, v, n, t, a, place)
+         FROM (SELECT DISTINCT ON (d) *
+               FROM UNNEST($1::uuid[], $2::int2[], $3::uuid[], $4::uuid[], $5::uuid[], $6::uuid[], $7::int8[],
+                           $8::int4[], $9::int8[], $10::timestamptz[])
+                    WITH ORDINALITY AS u (d, l, e, o, s, c, v, n, t, a, place)
+               ORDER BY d, t DESC) AS once
          ORDER BY place
          ON CONFLICT (delivery_id) DO UPDATE
              SET attempts = excluded.attempts, turn = excluded.turn, since = excluded.since, handed_out = 0,
