@@ -27,6 +27,22 @@ impl RoleConfig for Role {
     }
 }
 
+/// The role of the one process that has every role, which alone may keep its queue in memory.
+#[derive(Debug, Deserialize)]
+struct EveryRole {}
+
+impl RoleConfig for EveryRole {
+    const EVERY_ROLE: bool = true;
+
+    fn defaults() -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    fn problem(&self, _: &Common) -> Option<String> {
+        None
+    }
+}
+
 fn file(text: &str) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();
@@ -138,7 +154,9 @@ fn the_strategy_of_hints_follows_what_is_configured() {
     let strategy = |with_nats: bool, backend: &str, strategy: &str| {
         let (backend, strategy) = (("EVENT_BUS_BACKEND", backend), ("EVENT_BUS_NOTIFY__STRATEGY", strategy));
         let urls = if with_nats { &URLS[..] } else { &URLS[..1] };
-        try_load(None, &[urls, &[backend, strategy]].concat())
+        let environment = [urls, &[backend, strategy]].concat();
+        let environment = environment.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
+        load::<EveryRole>(None, environment)
             .map(|loaded| loaded.common.notify_strategy())
             .map_err(|refused| Chain(&refused).to_string())
     };

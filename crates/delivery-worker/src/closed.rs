@@ -13,6 +13,7 @@ use bus_core::{
 use futures::StreamExt as _;
 use moka::sync::Cache;
 use sqlx::PgPool;
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
 /// The most that are kept, about 100 bytes each. Beyond it, or when a hint was lost, a first attempt may still
@@ -21,6 +22,9 @@ const CAPACITY: u64 = 200_000;
 
 /// How many are read after hints may have been missed.
 const READ: u32 = 100_000;
+
+/// A transaction that closes deliveries may commit this much later than the time that it writes.
+const OVERLAP: Duration = Duration::from_secs(60);
 
 /// How long a retry's question to the database may take before the attempt is made all the same: a database
 /// that is away must not stop deliveries.
@@ -62,12 +66,20 @@ impl ClosedDeliveries {
     /// Follows what hints say. Never ends.
     pub(crate) async fn follow(self, hints: Arc<dyn Notifier>) {
         let mut hints = hints.listen();
+        let mut read_at: Option<Instant> = None;
         while let Some(hint) = hints.next().await {
             match hint {
                 Hint::Closed(id) => self.kept.insert(id, ()),
                 Hint::Missed => {
-                    if let Err(failed) = self.read().await {
-                        warn!(error = %Chain(&failed), "Deliveries that were closed lately may be attempted once more");
+                    let begun = Instant::now();
+                    // The first time all that may matter, then what came since.
+                    let since =
+                        read_at.map_or(self.lifetime, |at| (at.elapsed() + OVERLAP).min(self.lifetime));
+                    match self.read(since).await {
+                        Ok(()) => read_at = Some(begun),
+                        Err(failed) => {
+                            warn!(error = %Chain(&failed), "Deliveries that were closed lately may be attempted once more");
+                        }
                     }
                 }
                 Hint::ConnectionChanged(_) | Hint::Due | Hint::Enqueued => {}
@@ -75,8 +87,8 @@ impl ClosedDeliveries {
         }
     }
 
-    async fn read(&self) -> Result<(), StoreError> {
-        for id in pg::closed_lately(&self.pool, self.lifetime.as_secs(), READ).await? {
+    async fn read(&self, within: Duration) -> Result<(), StoreError> {
+        for id in pg::closed_lately(&self.pool, within.as_secs(), READ).await? {
             self.kept.insert(id, ());
         }
         Ok(())

@@ -194,7 +194,15 @@ async fn a_change_of_rules_counts_up_the_connections_version_and_is_told() {
     let pool = bus.stack.owner_pool().await.unwrap();
     let hints = PostgresNotifier::new(pool.clone(), bus.stack.prefix(), CancellationToken::new());
     let mut told = hints.listen();
-    assert_eq!(told.next().await, Some(Hint::Missed));
+    // Each `Missed` may be the moment from which hints arrive.
+    while let Some(hint) = told.next().await {
+        match hint {
+            Hint::Missed => hints.notify(Hint::Due).await,
+            Hint::Due => break,
+            _ => {}
+        }
+    }
+    let mut told = told.filter(|hint| std::future::ready(matches!(hint, Hint::ConnectionChanged(_))));
     let id: ConnectionId = connection.parse().unwrap();
     let set = format!("/v1/connections/{connection}/subscriptions");
     let mut expected = 1;

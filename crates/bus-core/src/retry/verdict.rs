@@ -86,6 +86,19 @@ pub enum DeadReason {
 }
 
 impl DeadReason {
+    /// All reasons.
+    pub const ALL: [Self; 9] = [
+        Self::AttemptsExhausted,
+        Self::Expired,
+        Self::FinalStatus,
+        Self::EndpointGone,
+        Self::ConnectionDeleted,
+        Self::ConnectionDisabled,
+        Self::ConnectionReceivesNothing,
+        Self::EventExpired,
+        Self::RedeliveredTooOften,
+    ];
+
     /// As it is stored and shown.
     pub fn as_str(self) -> &'static str {
         match self {

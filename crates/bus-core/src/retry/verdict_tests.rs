@@ -146,17 +146,7 @@ fn fifty_deferrals_leave_the_attempts_at_0() {
 
 #[test]
 fn the_words_are_those_that_are_stored() {
-    for reason in [
-        DeadReason::AttemptsExhausted,
-        DeadReason::Expired,
-        DeadReason::FinalStatus,
-        DeadReason::EndpointGone,
-        DeadReason::ConnectionDeleted,
-        DeadReason::ConnectionDisabled,
-        DeadReason::ConnectionReceivesNothing,
-        DeadReason::EventExpired,
-        DeadReason::RedeliveredTooOften,
-    ] {
+    for reason in DeadReason::ALL {
         assert_eq!(serde_json::to_string(&reason).unwrap(), format!("\"{reason}\""));
     }
 }
