@@ -49,4 +49,5 @@ GRANT SELECT (id, version, enabled, deleted_at) ON connections TO bus_scheduler;
 GRANT SELECT, INSERT ON delivery_attempts TO bus_archiver;
 -- UPDATE is what SELECT … FOR UPDATE asks for.
 GRANT SELECT, UPDATE, DELETE ON outbox, event_keys, delivery_states TO bus_archiver;
+GRANT SELECT (uid) ON events TO bus_archiver;
 GRANT EXECUTE ON FUNCTION create_day_partition(text, date) TO bus_archiver;

@@ -35,10 +35,19 @@ pub struct Progress {
     pub since: Timestamp,
 }
 
+/// The first millisecond of 2001; no turn that was counted comes near it.
+const FIRST_REPLAY: i64 = 978_307_200_000;
+
 impl Progress {
     /// A delivery that enters the queue for the first time.
     pub fn new(since: Timestamp) -> Self {
         Self { attempts: 0, turn: 0, since: truncated(since) }
+    }
+
+    /// Whether this turn, or one that led to it, began with a replay: the turns that are counted stay far below
+    /// the time in milliseconds.
+    pub fn is_replayed(&self) -> bool {
+        self.turn >= FIRST_REPLAY
     }
 
     /// What it is when it comes back with so many failed attempts.

@@ -11,6 +11,7 @@ use bus_core::{
     retry::DeadReason,
     telemetry::Chain,
 };
+use bytes::Bytes;
 use metrics::counter;
 use sqlx::PgPool;
 use tokio::{
@@ -85,7 +86,9 @@ pub async fn return_due(pool: &PgPool, queue: &dyn DeliveryQueue) -> Result<Dura
                 deliveries.push(Enqueue { key: due.key, progress: due.progress, body: body.clone() });
             }
             None => {
-                pg::bury(pool, &DeadLetter::new(due.key, due.progress, DeadReason::EventExpired)).await?;
+                let expired = DeadLetter::new(due.key, due.progress, DeadReason::EventExpired);
+                queue.dead_letter(&expired, &Bytes::new()).await?;
+                pg::bury(pool, &expired).await?;
             }
         }
     }

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use tracing::{debug, warn};
 
 /// The most that are kept, about 100 bytes each. Beyond it, or when a hint was lost, a first attempt may still
-/// be made; a retry never, since those ask the database.
+/// be made; a retry asks the database.
 const CAPACITY: u64 = 200_000;
 
 /// How many are read after hints may have been missed.
@@ -49,10 +49,11 @@ impl ClosedDeliveries {
     /// the first time is judged from memory alone (invariant I6).
     pub(crate) async fn overrule(&self, key: &DeliveryKey, progress: Progress, handed_out: u32) -> bool {
         let closed = self.kept.contains_key(&key.id);
-        // A later turn may be a replay of what was closed before; only the database knows.
         if progress.turn == 0 && handed_out <= 1 {
             return closed;
         }
+        // What was closed before may have been replayed since; only the database knows.
+        let closed = closed && !progress.is_replayed();
         match tokio::time::timeout(ASK, pg::standing(&self.pool, key.id)).await {
             Ok(Ok(standing)) => standing.is_some_and(|(state, at)| state.overrules(at, progress.turn)),
             Ok(Err(failed)) => {

@@ -53,6 +53,11 @@ pub struct LoopConfig {
 }
 
 impl LoopConfig {
+    /// How long a delivery lives.
+    pub fn lifetime(&self) -> Duration {
+        Duration::from_secs(self.lifetime_s)
+    }
+
     /// What the consequences of an attempt go by.
     pub fn rules<'a>(&self, policy: &'a RetryPolicy, final_statuses: &'a [u16]) -> Rules<'a> {
         Rules {
@@ -107,6 +112,14 @@ impl RoleConfig for WorkerConfig {
                  {ACK_MARGIN:?}, or slow deliveries are repeated"
             ));
         }
+        let window = Duration::from_secs(common.nats.duplicate_window_s);
+        if ack_wait + timeout + ACK_MARGIN >= window {
+            return Some(format!(
+                "nats.duplicate_window_s ({window:?}) must exceed nats.ack_wait_ms ({ack_wait:?}) and \
+                 sink.max_timeout_ms ({timeout:?}) together by more than {ACK_MARGIN:?}, or a retry whose worker died is \
+                 not recognised when it is repeated"
+            ));
+        }
         let drain = Duration::from_millis(common.shutdown.drain_ms);
         if timeout + crate::lane::PULL_WAIT >= drain {
             return Some(format!(
@@ -155,6 +168,7 @@ mod tests {
     #[case::defaults("EVENT_BUS_LANES", "4", None)]
     #[case::ack_wait("EVENT_BUS_NATS__ACK_WAIT_MS", "35000", Some("nats.ack_wait_ms"))]
     #[case::drain("EVENT_BUS_SHUTDOWN__DRAIN_MS", "30000", Some("shutdown.drain_ms"))]
+    #[case::window("EVENT_BUS_NATS__DUPLICATE_WINDOW_S", "95", Some("nats.duplicate_window_s"))]
     #[case::grace("EVENT_BUS_SHUTDOWN__GRACE_S", "45", Some("shutdown.grace_s"))]
     #[case::timeout("EVENT_BUS_SINK__MAX_TIMEOUT_MS", "60000", Some("sink.max_timeout_ms"))]
     #[case::in_flight("EVENT_BUS_WORKER__IN_FLIGHT", "3", Some("worker.in_flight"))]

@@ -7,6 +7,7 @@ use bus_core::{
     connection::{Receiver, Target},
     delivery::{Delivery, DeliveryKey, Progress},
     launcher::BoxError,
+    lifecycle::State,
     notify::{Hint, Notifier},
     pg::{self, DeadLetter, LastAttempt, Park},
     queue::{Body, DeliveryQueue, Leased},
@@ -28,7 +29,7 @@ use crate::{
     closed::ClosedDeliveries,
     config::LoopConfig,
     connections::Connections,
-    hold::Hold,
+    hold::{HANDED_OVER, Hold},
     parking::Parking,
     patience::{Patience, held_during},
     receipts::Receipts,
@@ -89,7 +90,8 @@ impl std::fmt::Debug for Deliverer {
 struct InHand {
     hold: Hold,
     progress: Progress,
-    _slot: OwnedSemaphorePermit,
+    receiver: Arc<Receiver>,
+    slot: OwnedSemaphorePermit,
 }
 
 impl Deliverer {
@@ -144,36 +146,37 @@ impl Deliverer {
         }
         let prepared = if handed_out > self.parts.settings.max_handed_out {
             Some(Err(DeadReason::RedeliveredTooOften))
+        } else if progress.turn > 0 && self.age(progress) > self.parts.settings.lifetime() {
+            Some(Err(DeadReason::Expired))
         } else {
             self.patience.insist(&hold, || self.prepare(&key, &body)).await
         };
         let (receiver, body) = match prepared {
             Some(Ok(prepared)) => prepared,
             Some(Err(reason)) => {
-                self.give_up(hold, DeadLetter::new(key, progress, reason), Bytes::new()).await;
+                let body = match body {
+                    Body::Inline(body) => body,
+                    Body::Stored => Bytes::new(),
+                };
+                self.give_up(hold, DeadLetter::new(key, progress, reason), body).await;
                 return;
             }
-            None => return hold.put_back().await,
+            None => return hold.put_back(HANDED_OVER).await,
         };
         let delivery = Delivery { key, body };
-        let in_hand = InHand { hold, progress, _slot: slot };
         let batch = receiver.rules.get(&key.subscription).and_then(|rules| rules.batch);
+        let in_hand = InHand { hold, progress, receiver: Arc::clone(&receiver), slot };
         match batch {
             None => self.attempt(&receiver, Parcel::Single(&delivery), vec![in_hand]).await,
             Some(policy) => {
                 let Some(batch) = self.batches.add(policy, delivery, in_hand).await else { return };
-                // Whoever was added last may have been matched with a later version of the connection.
-                let latest =
-                    batch.deliveries.iter().map(|one| one.key).max_by_key(|key| key.connection_version);
-                let reread = match latest {
-                    Some(latest) if latest.connection_version > receiver.connection.version => {
-                        self.connections.get(&latest).await.ok().flatten()
-                    }
-                    _ => None,
-                };
                 // Of several holds on one delivery the latest is the one that the queue knows.
-                let in_hand = batch.held.into_iter().filter_map(|mut holds| holds.pop()).collect();
-                let receiver = reread.unwrap_or(receiver);
+                let in_hand: Vec<InHand> =
+                    batch.held.into_iter().filter_map(|mut holds| holds.pop()).collect();
+                // Whoever was added last may know a later version of the connection.
+                let latest =
+                    in_hand.iter().map(|one| &one.receiver).max_by_key(|known| known.connection.version);
+                let receiver = latest.map_or(receiver, Arc::clone);
                 self.attempt(&receiver, Parcel::Batch(&batch.deliveries), in_hand).await;
             }
         }
@@ -213,10 +216,12 @@ impl Deliverer {
             histogram!("bus_attempt_duration_seconds").record(report.duration.as_secs_f64());
         }
         let settled = parcel.deliveries().iter().zip(reports).zip(in_hand).map(
-            |((delivery, report), InHand { hold, progress, _slot })| async move {
+            |((delivery, report), InHand { hold, progress, slot, .. })| async move {
                 let outcome = self.settle(receiver, hold, delivery, progress, &report, at).await;
                 counter!("bus_attempts", "outcome" => outcome.as_str()).increment(1);
                 self.receipts.send(receipt(&delivery.key, progress, outcome, report, at));
+                // Not earlier: what is not settled yet counts among what is in hand.
+                drop(slot);
             },
         );
         futures::future::join_all(settled).await;
@@ -252,7 +257,7 @@ impl Deliverer {
             at: Some(at),
             duration: Some(report.duration),
         };
-        let (attempts, reason) = match self.verdict(receiver, &key, progress, &report.outcome, at) {
+        let (attempts, reason) = match self.verdict(receiver, &key, progress, &report.outcome) {
             Verdict::Delivered => {
                 hold.ack().await;
                 return ReceiptOutcome::Delivered;
@@ -260,9 +265,8 @@ impl Deliverer {
             Verdict::Retry { wait, attempts, reason } => {
                 debug!(delivery.id = %key.id, connection.id = %key.connection, ?wait, reason, "Another attempt");
                 let next = progress.next(attempts);
-                if wait <= self.parts.queue.longest_wait() {
-                    hold.postpone(next, wait).await;
-                } else {
+                let waits = wait <= self.parts.queue.longest_wait() && hold.postpone(next, wait).await;
+                if !waits {
                     self.parking.park(Park { key, next, wait, reason, last }, hold).await;
                 }
                 return followed_by;
@@ -274,8 +278,12 @@ impl Deliverer {
             }
         };
         let dead = DeadLetter { last, ..DeadLetter::new(key, Progress { attempts, ..progress }, reason) };
-        self.give_up(hold, dead, delivery.body.clone()).await;
-        ReceiptOutcome::Dead
+        if self.give_up(hold, dead, delivery.body.clone()).await { ReceiptOutcome::Dead } else { followed_by }
+    }
+
+    /// Since the delivery's lifetime began. The clock of whoever began it may be ahead of ours.
+    fn age(&self, progress: Progress) -> Duration {
+        Duration::try_from(self.parts.clock.now().duration_since(progress.since)).unwrap_or_default()
     }
 
     fn verdict(
@@ -284,7 +292,6 @@ impl Deliverer {
         key: &DeliveryKey,
         progress: Progress,
         outcome: &Outcome,
-        at: Timestamp,
     ) -> Verdict {
         let own = receiver.rules.get(&key.subscription).and_then(|rules| rules.retry.as_ref());
         let policy: RetryPolicy = own
@@ -294,9 +301,7 @@ impl Deliverer {
             Target::Publisher => &[],
         };
         let rules: Rules<'_> = self.parts.settings.rules(&policy, final_statuses);
-        // The clock of whoever began the lifetime may be ahead of ours.
-        let age = Duration::try_from(at.duration_since(progress.since)).unwrap_or_default();
-        let standing = Standing { attempts: progress.attempts, age };
+        let standing = Standing { attempts: progress.attempts, age: self.age(progress) };
         verdict(outcome, &rules, &standing, (self.parts.random)())
     }
 
@@ -316,21 +321,31 @@ impl Deliverer {
     }
 
     /// The stream first, then the row, then the acknowledgement: whatever dies in between, the delivery
-    /// comes again and the same is done once more.
-    async fn give_up(&self, hold: Hold, dead: DeadLetter, body: Bytes) {
+    /// comes again and the same is done once more. False if it was not given up: it was closed or replayed
+    /// meanwhile, or it is left to another worker.
+    async fn give_up(&self, hold: Hold, dead: DeadLetter, body: Bytes) -> bool {
+        let (key, turn) = (dead.key, dead.progress.turn);
         let recorded = self.patience.insist(&hold, || async {
+            let standing = pg::standing(&self.parts.pool, key.id).await?;
+            // Dead in this very turn: whoever recorded it did not come to the acknowledgement.
+            let repeated = standing == Some((State::Dead, turn));
+            if !repeated && standing.is_some_and(|(state, at)| state.overrules(at, turn)) {
+                return Ok(false);
+            }
             self.parts.queue.dead_letter(&dead, &body).await?;
-            pg::bury(&self.parts.pool, &dead).await?;
-            Ok(())
+            Ok(pg::bury(&self.parts.pool, &dead).await? || repeated)
         });
-        if recorded.await.is_none() {
-            return hold.put_back().await;
+        let Some(given_up) = recorded.await else {
+            hold.put_back(HANDED_OVER).await;
+            return false;
+        };
+        if given_up {
+            counter!("bus_dead_letters", "reason" => dead.reason.as_str()).increment(1);
+            warn!(delivery.id = %key.id, event.uid = %key.event, connection.id = %key.connection,
+                  reason = %dead.reason, attempts = dead.progress.attempts, "Delivery given up");
         }
-        let key = dead.key;
-        counter!("bus_dead_letters", "reason" => dead.reason.as_str()).increment(1);
-        warn!(delivery.id = %key.id, event.uid = %key.event, connection.id = %key.connection,
-              reason = %dead.reason, attempts = dead.progress.attempts, "Delivery given up");
         hold.ack().await;
+        given_up
     }
 }
 

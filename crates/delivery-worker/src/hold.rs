@@ -14,7 +14,10 @@ use tokio::time::Instant;
 use tracing::warn;
 
 /// At a stop, what is held is handed to another worker after this time.
-const HANDED_OVER: Duration = Duration::from_secs(1);
+pub(crate) const HANDED_OVER: Duration = Duration::from_secs(1);
+
+/// Between two tries to acknowledge.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// A hold that knows its age. A worker that was frozen for longer than the hold lasts must not act on a failure
 /// any more: somebody else has the delivery now, and may have delivered it.
@@ -51,24 +54,32 @@ impl Hold {
         }
     }
 
-    /// The delivery is finished.
+    /// The delivery is finished. Insists for as long as the hold lasts: what was not acknowledged is handed out
+    /// again, and the subscriber gets it twice.
     pub(crate) async fn ack(self) {
-        if let Err(failed) = self.lease.ack().await {
-            // The queue does not know: it will be handed out again, with the same id.
-            warn!(delivery.id = %self.key.id, error = %Chain(&failed), "Finished, but not acknowledged");
+        while let Err(failed) = self.lease.ack().await {
+            if self.is_lost() {
+                warn!(delivery.id = %self.key.id, error = %Chain(&failed), "Finished, but not acknowledged");
+                return;
+            }
+            tokio::time::sleep(AGAIN).await;
         }
     }
 
-    /// The delivery comes again as `next`.
-    pub(crate) async fn postpone(self, next: Progress, wait: Duration) {
-        if let Err(failed) = self.lease.postpone(next, wait).await {
-            warn!(delivery.id = %self.key.id, error = %Chain(&failed), "Not postponed; it comes again after ack_wait");
+    /// The delivery comes again as `next`. False if the queue does not take it.
+    pub(crate) async fn postpone(&self, next: Progress, wait: Duration) -> bool {
+        match self.lease.postpone(next, wait).await {
+            Ok(()) => true,
+            Err(failed) => {
+                warn!(delivery.id = %self.key.id, error = %Chain(&failed), "Not postponed; it is parked instead");
+                false
+            }
         }
     }
 
-    /// Leaves the delivery to another worker, at a stop.
-    pub(crate) async fn put_back(self) {
-        if let Err(failed) = self.lease.put_back(HANDED_OVER).await {
+    /// Leaves the delivery to another worker, as it was, not before `wait` is over.
+    pub(crate) async fn put_back(self, wait: Duration) {
+        if let Err(failed) = self.lease.put_back(wait).await {
             warn!(delivery.id = %self.key.id, error = %Chain(&failed), "Not put back; it comes again after ack_wait");
         }
     }

@@ -8,18 +8,31 @@ use bus_core::{
     telemetry::Chain,
 };
 use sqlx::PgPool;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
-use crate::{hold::Hold, patience::Patience};
+use crate::{
+    hold::Hold,
+    patience::{Patience, held_during},
+};
 
 /// Rows of one statement.
 const BATCH: usize = 500;
 
+/// A delivery on its way into the database.
+#[derive(Debug)]
+struct Item {
+    park: Park,
+    /// The one who waits keeps it from ending, and acknowledges it.
+    hold: Arc<Hold>,
+    /// Sent once the row is committed; dropped if it is not to be.
+    done: oneshot::Sender<()>,
+}
+
 /// The way to the parked deliveries. Cheap to clone; the batches end with the last clone.
 #[derive(Debug, Clone)]
-pub(crate) struct Parking(mpsc::Sender<(Park, Hold)>);
+pub(crate) struct Parking(mpsc::Sender<Item>);
 
 impl Parking {
     /// `hints` wake the scheduler for what is due before it would look by itself.
@@ -39,42 +52,48 @@ impl Parking {
         Self(sender)
     }
 
-    /// Hands a delivery over, waiting while too many wait already. It is acknowledged once its row is
-    /// committed.
+    /// Parks a delivery, and holds it until its row is committed, however long the database is away. At a stop
+    /// it is put back for as long as it would have waited.
     pub(crate) async fn park(&self, park: Park, hold: Hold) {
-        if let Err(mpsc::error::SendError((_, hold))) = self.0.send((park, hold)).await {
-            hold.put_back().await;
+        let (wait, hold) = (park.wait, Arc::new(hold));
+        let (done, parked) = oneshot::channel();
+        let item = Item { park, hold: Arc::clone(&hold), done };
+        let handed_over = async { self.0.send(item).await.is_ok() && parked.await.is_ok() };
+        let parked = held_during(&[&*hold], handed_over).await;
+        // The other reference went before the answer came.
+        let Some(hold) = Arc::into_inner(hold) else { return };
+        if parked {
+            hold.ack().await;
+        } else if !hold.is_lost() {
+            hold.put_back(wait).await;
         }
     }
 }
 
-async fn park(pool: &PgPool, hints: &dyn Notifier, patience: &Patience, batch: Vec<(Park, Hold)>) {
-    // Somebody else has what was held for too long, and has perhaps delivered it.
-    let (parked, holds): (Vec<Park>, Vec<Hold>) =
-        batch.into_iter().filter(|(_, hold)| !hold.is_lost()).unzip();
+async fn park(pool: &PgPool, hints: &dyn Notifier, patience: &Patience, mut batch: Vec<Item>) {
     let mut said = false;
-    while let Err(failed) = pg::park(pool, &parked).await {
+    loop {
+        // Somebody else has what was held for too long, and has perhaps delivered it.
+        batch.retain(|item| !item.hold.is_lost());
+        let parked: Vec<Park> = batch.iter().map(|item| item.park.clone()).collect();
+        let Err(failed) = pg::park(pool, &parked).await else { break };
         if !said {
             warn!(error = %Chain(&failed), deliveries = parked.len(), "Long retries are held until they can be parked");
             said = true;
         }
         if patience.wait().await.is_none() {
-            for hold in holds {
-                hold.put_back().await;
-            }
             return;
-        }
-        for hold in &holds {
-            hold.extend().await;
         }
     }
     if said {
-        info!(deliveries = parked.len(), "Parked");
+        info!(deliveries = batch.len(), "Parked");
     }
-    if parked.iter().any(|park| park.wait < DUE_IDLE) {
+    if batch.iter().any(|item| item.park.wait < DUE_IDLE) {
         hints.notify(Hint::Due).await;
     }
-    for hold in holds {
-        hold.ack().await;
+    for Item { hold, done, .. } in batch {
+        drop(hold);
+        // Whoever waited may be gone with the worker's last moments.
+        let _ = done.send(());
     }
 }

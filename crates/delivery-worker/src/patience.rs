@@ -1,12 +1,12 @@
 //! What a worker does while the database or the broker is needed and away: it holds what it has in hand and
 //! waits. Putting it back instead would send it round and round, for as long as the outage lasts.
 
-use std::time::Duration;
+use std::{error::Error, sync::Arc, time::Duration};
 
-use bus_core::{launcher::BoxError, telemetry::Chain};
+use bus_core::{launcher::BoxError, pg::StoreError, telemetry::Chain};
 use futures::future::join_all;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::hold::Hold;
 
@@ -24,7 +24,9 @@ impl Patience {
         Self { stop }
     }
 
-    /// Repeats `attempt` until it succeeds, extending the hold meanwhile. `None` at the stop.
+    /// Repeats `attempt` until it succeeds, extending the hold meanwhile. `None` at the stop, and for an error
+    /// that does not pass by itself: whoever puts the delivery back then gets rid of it, and of its slot, until it
+    /// was handed out too often.
     pub(crate) async fn insist<T, F>(&self, hold: &Hold, mut attempt: impl FnMut() -> F) -> Option<T>
     where
         F: Future<Output = Result<T, BoxError>>,
@@ -37,6 +39,10 @@ impl Patience {
                         info!(delivery.id = %hold.key.id, "The delivery goes on");
                     }
                     return Some(done);
+                }
+                Err(failed) if !passes(failed.as_ref()) => {
+                    error!(delivery.id = %hold.key.id, error = %Chain(failed.as_ref()), "A delivery cannot go on");
+                    return None;
                 }
                 Err(failed) if !said => {
                     warn!(delivery.id = %hold.key.id, error = %Chain(failed.as_ref()), "A delivery is held until this works");
@@ -53,6 +59,16 @@ impl Patience {
     pub(crate) async fn wait(&self) -> Option<()> {
         self.stop.run_until_cancelled(tokio::time::sleep(AGAIN)).await
     }
+}
+
+/// Whether the same may succeed later: the broker's errors may, and those of a database that is away.
+fn passes(error: &(dyn Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |&error| error.source())
+        .find_map(|error| {
+            let shared = error.downcast_ref::<Arc<StoreError>>().map(|error| error.as_ref());
+            shared.or_else(|| error.downcast_ref::<StoreError>())
+        })
+        .is_none_or(StoreError::is_unavailable)
 }
 
 /// Extends the holds while `work` is under way: neither a slow database nor a slow subscriber, as long as it

@@ -1,4 +1,4 @@
-//! Invariant I4, as far as it is built: what was not sent is not charged, however long the database is away.
+//! Invariant I4: what was not sent is not charged, however long the database is away.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -85,5 +85,55 @@ async fn i4_deliveries_that_need_an_absent_database_are_held_and_charged_nothing
         .unwrap();
     assert_eq!(dead, 0);
     pool.close().await;
+    stack.shutdown().await.unwrap();
+}
+
+/// More failures than a worker has slots, all of them to be parked: it takes no more than it can hold, and what it
+/// holds is nobody else's, so that nothing is attempted twice.
+#[tokio::test]
+async fn i4_i10_what_cannot_be_parked_is_held_and_takes_the_slots_that_it_has() {
+    const SLOTS: usize = 32;
+    const EVENTS: usize = 60;
+    let options = StackOptions::default()
+        .servers(ServerChoice::Own(Durability::Fast))
+        .env("EVENT_BUS_LANES", 1)
+        .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__IN_FLIGHT", SLOTS)
+        .role_env(Role::DeliveryWorker, "EVENT_BUS_SINK__MAX_TIMEOUT_MS", QUICK_TIMEOUT_MS)
+        .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__RETRY__BASE_MS", 5_500)
+        .env("EVENT_BUS_NATS__ACK_WAIT_MS", QUICK_ACK_WAIT_MS);
+    let mut stack = Stack::start(options).await.unwrap();
+    let receiver = Receiver::start().await.unwrap();
+    let tenant = Tenant::create(&mut stack, "acme").await.unwrap();
+    tenant.receive(&receiver, "/known", "known").await.unwrap();
+    tenant.publish_number("known", 0).await.unwrap();
+    receiver.wait_for("/known", 1).await;
+    receiver.script("/known", Script::fail_first(EVENTS, 500));
+
+    stack.worker(0).signal(Signal::STOP).unwrap();
+    let mut published = BTreeSet::new();
+    for n in 1..=EVENTS {
+        published.insert(tenant.publish_number("known", n).await.unwrap());
+    }
+    let pool = stack.owner_pool().await.unwrap();
+    wait_until("the fan-out", DEADLINE, || async {
+        let left: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox WHERE finished_at IS NULL")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+        if left == 0 { Ok(()) } else { Err(left) }
+    })
+    .await;
+    pool.close().await;
+    stack.postgres().kill().await.unwrap();
+    stack.worker(0).signal(Signal::CONT).unwrap();
+    receiver.wait_for("/known", 1 + SLOTS).await;
+    // The length of the fault, not a wait for something.
+    tokio::time::sleep(OUTAGE).await;
+    assert_eq!(receiver.count("/known"), 1 + SLOTS, "each slot has one, and keeps it");
+    stack.postgres().restart().await.unwrap();
+
+    receiver.wait_for_within("/known", 1 + 2 * EVENTS, DEADLINE).await;
+    let twice = system_tests::arrivals(&receiver, "/known");
+    assert!(published.iter().all(|event| twice.get(event) == Some(&2)), "each failed once: {twice:?}");
     stack.shutdown().await.unwrap();
 }

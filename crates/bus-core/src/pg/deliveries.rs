@@ -196,10 +196,18 @@ pub(crate) fn progress(row: &PgRow) -> Result<Progress, sqlx::Error> {
 /// Notes that due deliveries are back in the queue, unless something happened to them meanwhile.
 pub async fn returned(pool: &PgPool, back: &[(DeliveryId, i64)]) -> Result<(), StoreError> {
     sqlx::query(
-        "UPDATE delivery_states p
+        "WITH back AS (
+             SELECT p.delivery_id
+             FROM delivery_states p
+             JOIN UNNEST($1::uuid[], $2::int8[]) AS b (delivery_id, turn)
+               ON p.delivery_id = b.delivery_id AND p.turn = b.turn
+             WHERE p.state = 'waiting'
+             ORDER BY p.delivery_id
+             FOR UPDATE OF p
+         )
+         UPDATE delivery_states p
          SET state = 'queued', due_at = NULL, lease_until = '-infinity', changed_at = now()
-         FROM UNNEST($1::uuid[], $2::int8[]) AS b (delivery_id, turn)
-         WHERE p.delivery_id = b.delivery_id AND p.turn = b.turn AND p.state = 'waiting'",
+         FROM back WHERE p.delivery_id = back.delivery_id",
     )
     .bind(back.iter().map(|(id, _)| id.0).collect::<Vec<_>>())
     .bind(back.iter().map(|(_, turn)| *turn).collect::<Vec<_>>())
@@ -221,9 +229,9 @@ pub async fn next_due_in(pool: &PgPool) -> Result<Option<f64>, StoreError> {
 }
 
 /// Records a delivery as given up. One that is closed, dead already, or has come further than this turn,
-/// stays as it is.
-pub async fn bury(pool: &PgPool, dead: &DeadLetter) -> Result<(), StoreError> {
-    sqlx::query(
+/// stays as it is; false then.
+pub async fn bury(pool: &PgPool, dead: &DeadLetter) -> Result<bool, StoreError> {
+    let buried = sqlx::query(
         "INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
                                            connection_version, state, attempts, turn, since, reason, last_status,
                                            last_body, last_error, last_attempt_at, last_duration_ms)
@@ -257,7 +265,7 @@ pub async fn bury(pool: &PgPool, dead: &DeadLetter) -> Result<(), StoreError> {
     .execute(pool)
     .await
     .during("record a dead letter")?;
-    Ok(())
+    Ok(buried.rows_affected() > 0)
 }
 
 /// Where a delivery stands, and since which turn; `None` if it never left the straight path.
@@ -325,6 +333,7 @@ pub async fn close_deliveries(
          INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
                                            connection_version, state, turn, attempts, since)
          SELECT w.delivery_id, $1, $2, w.subscription_id, $3, 0, $6, 0, 0, now() FROM wanted w
+         ORDER BY w.delivery_id
          ON CONFLICT (delivery_id) DO UPDATE
              SET state = excluded.state, due_at = NULL, lease_until = '-infinity', changed_at = now()
              WHERE p.state IN ('waiting', 'queued') OR p.state = excluded.state
@@ -381,13 +390,16 @@ pub async fn closed_lately(pool: &PgPool, within_s: u64, limit: u32) -> Result<V
 }
 
 /// Removes at most `limit` rows of deliveries that are over: what they say is in history, or was never more
-/// than a guard against late results.
+/// than a guard against late results. What was closed stays so as long as its event is stored: it would be
+/// replayed, and shown as open, without its row.
 pub async fn sweep_states(pool: &PgPool, keep: Duration, limit: u32) -> Result<u64, StoreError> {
     let swept = sqlx::query(
         "DELETE FROM delivery_states WHERE delivery_id IN (
              SELECT delivery_id FROM delivery_states
              WHERE state IN ('queued', 'delivered', 'acked', 'cancelled')
                AND changed_at < now() - make_interval(secs => $1)
+               AND (state IN ('queued', 'delivered')
+                    OR NOT EXISTS (SELECT e.uid FROM events e WHERE e.uid = event_uid))
              LIMIT $2 FOR UPDATE SKIP LOCKED)",
     )
     .bind(keep.as_secs_f64())

@@ -106,10 +106,18 @@ pub async fn insert_attempts(pool: &PgPool, receipts: &[Receipt]) -> Result<(), 
 
 async fn mark_delivered(pool: &PgPool, receipts: &[&Receipt]) -> Result<(), StoreError> {
     sqlx::query(
-        "UPDATE delivery_states p
-         SET state = 'delivered', due_at = NULL, lease_until = '-infinity', changed_at = now()
-         FROM UNNEST($1::uuid[], $2::int8[]) AS r (delivery_id, turn)
-         WHERE p.delivery_id = r.delivery_id AND p.turn <= r.turn AND p.state IN ('waiting', 'queued')",
+        "WITH over AS (
+             SELECT p.delivery_id, r.turn
+             FROM delivery_states p
+             JOIN (SELECT delivery_id, max(turn) AS turn FROM UNNEST($1::uuid[], $2::int8[]) AS r (delivery_id, turn)
+                   GROUP BY delivery_id) r ON p.delivery_id = r.delivery_id
+             WHERE p.turn <= r.turn AND p.state IN ('waiting', 'queued')
+             ORDER BY p.delivery_id
+             FOR UPDATE OF p
+         )
+         UPDATE delivery_states p
+         SET state = 'delivered', turn = over.turn, due_at = NULL, lease_until = '-infinity', changed_at = now()
+         FROM over WHERE p.delivery_id = over.delivery_id",
     )
     .bind(receipts.iter().map(|receipt| receipt.delivery.0).collect::<Vec<_>>())
     .bind(receipts.iter().map(|receipt| receipt.turn).collect::<Vec<_>>())

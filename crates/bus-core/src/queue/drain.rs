@@ -75,6 +75,6 @@ async fn move_batch(from: &dyn DeliveryQueue, to: &dyn DeliveryQueue, lane: u16)
         }
     }
     to.enqueue(&deliveries).await?;
-    try_join_all(leases.into_iter().map(|lease| lease.ack())).await?;
+    try_join_all(leases.iter().map(|lease| lease.ack())).await?;
     Ok(deliveries.len() as u64)
 }

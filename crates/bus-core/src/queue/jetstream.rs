@@ -341,13 +341,17 @@ fn read(message: &Message) -> Result<Read, &'static str> {
     let header = |name: &'static str, problem| optional(name).ok_or(problem);
     let id = header(MESSAGE_ID, "no Nats-Msg-Id")?;
     let (id, turn) = match id.split_once(':') {
-        Some((id, turn)) => (id, turn.parse().map_err(|_| "Nats-Msg-Id: not a turn")?),
+        Some((id, turn)) => (id, turn.parse::<i64>().map_err(|_| "Nats-Msg-Id: not a turn")?),
         None => (id, 0),
     };
     let id: DeliveryId = id.parse().map_err(|_| "Nats-Msg-Id: not a delivery id")?;
+    if turn < 0 {
+        return Err("Nats-Msg-Id: not a turn");
+    }
     let since = header(SINCE, "no Bus-Since")?
         .parse()
         .ok()
+        .filter(|millis| *millis >= 0)
         .and_then(|millis| Timestamp::from_millisecond(millis).ok())
         .ok_or("Bus-Since: not a time")?;
     let attempts = optional(ATTEMPTS).map_or(Ok(0), str::parse).map_err(|_| "Bus-Attempts: not a number")?;
@@ -382,13 +386,13 @@ struct MessageLease {
 
 #[async_trait]
 impl Lease for MessageLease {
-    async fn ack(self: Box<Self>) -> Result<(), QueueError> {
+    async fn ack(&self) -> Result<(), QueueError> {
         Ok(self.message.ack().await.during("acknowledge a delivery")?)
     }
 
     /// The next turn goes in first: whoever dies in between leaves both, the earlier one is attempted again,
     /// and what follows from that bears the same message id.
-    async fn postpone(self: Box<Self>, next: Progress, wait: Duration) -> Result<(), QueueError> {
+    async fn postpone(&self, next: Progress, wait: Duration) -> Result<(), QueueError> {
         let mut headers = self.message.headers.clone().unwrap_or_default();
         write_progress(&mut headers, self.delivery, next);
         // Rounded up: not a moment early.
@@ -398,7 +402,7 @@ impl Lease for MessageLease {
         self.ack().await
     }
 
-    async fn put_back(self: Box<Self>, wait: Duration) -> Result<(), QueueError> {
+    async fn put_back(&self, wait: Duration) -> Result<(), QueueError> {
         Ok(self.message.ack_with(AckKind::Nak(Some(wait))).await.during("put a delivery back")?)
     }
 

@@ -243,7 +243,7 @@ struct EntryLease {
 
 #[async_trait]
 impl Lease for EntryLease {
-    async fn ack(self: Box<Self>) -> Result<(), QueueError> {
+    async fn ack(&self) -> Result<(), QueueError> {
         let mut state = self.queue.state();
         if state.entries.get(&self.delivery).is_some_and(|entry| entry.token == self.token) {
             state.take(self.delivery);
@@ -252,7 +252,7 @@ impl Lease for EntryLease {
         Ok(())
     }
 
-    async fn postpone(self: Box<Self>, next: Progress, wait: Duration) -> Result<(), QueueError> {
+    async fn postpone(&self, next: Progress, wait: Duration) -> Result<(), QueueError> {
         let visible_at = self.queue.after(wait);
         let mut state = self.queue.state();
         let position = state.next();
@@ -266,7 +266,7 @@ impl Lease for EntryLease {
         Ok(())
     }
 
-    async fn put_back(self: Box<Self>, wait: Duration) -> Result<(), QueueError> {
+    async fn put_back(&self, wait: Duration) -> Result<(), QueueError> {
         let visible_at = self.queue.after(wait);
         self.queue.state().held(self.delivery, self.token, |entry| {
             entry.token = 0;

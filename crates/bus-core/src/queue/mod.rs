@@ -98,16 +98,16 @@ pub struct Leased {
 /// A worker's hold on a delivery.
 #[async_trait]
 pub trait Lease: Send + Sync + fmt::Debug {
-    /// It is finished: delivered, parked, or dead-lettered.
-    async fn ack(self: Box<Self>) -> Result<(), QueueError>;
+    /// It is finished: delivered, parked, or dead-lettered. May be repeated after an error.
+    async fn ack(&self) -> Result<(), QueueError>;
 
     /// Gives it out again as `next`, not before `wait` is over. At most
     /// [`DeliveryQueue::longest_wait`]. If the hold was lost meanwhile, and the queue can tell, nothing
-    /// changes.
-    async fn postpone(self: Box<Self>, next: Progress, wait: Duration) -> Result<(), QueueError>;
+    /// changes. After an error it is not known whether it took place; parking the same turn does no harm then.
+    async fn postpone(&self, next: Progress, wait: Duration) -> Result<(), QueueError>;
 
     /// Leaves it to another worker, as it was, after `wait`.
-    async fn put_back(self: Box<Self>, wait: Duration) -> Result<(), QueueError>;
+    async fn put_back(&self, wait: Duration) -> Result<(), QueueError>;
 
     /// It is still being worked on: the hold lasts as long again as from its beginning.
     async fn extend(&self) -> Result<(), QueueError>;

@@ -146,7 +146,11 @@ impl DeliveryQueue for PostgresQueue {
     }
 
     async fn withdraw(&self, deliveries: &[DeliveryId]) -> Result<(), QueueError> {
-        sqlx::query("DELETE FROM delivery_queue WHERE delivery_id = ANY($1)")
+        // Only what is still closed: it may have been replayed since.
+        sqlx::query(
+            "DELETE FROM delivery_queue q USING delivery_states s
+             WHERE q.delivery_id = ANY($1) AND s.delivery_id = q.delivery_id AND s.state IN ('acked', 'cancelled')",
+        )
             .bind(deliveries.iter().map(|id| id.0).collect::<Vec<_>>())
             .execute(&self.pool)
             .await
@@ -194,7 +198,7 @@ struct RowLease {
 
 #[async_trait]
 impl Lease for RowLease {
-    async fn ack(self: Box<Self>) -> Result<(), QueueError> {
+    async fn ack(&self) -> Result<(), QueueError> {
         let (done, result) = oneshot::channel();
         let finished = Finished { delivery: self.delivery, token: self.token, done };
         let gone = || sqlx::Error::WorkerCrashed;
@@ -208,7 +212,7 @@ impl Lease for RowLease {
         Ok(())
     }
 
-    async fn postpone(self: Box<Self>, next: Progress, wait: Duration) -> Result<(), QueueError> {
+    async fn postpone(&self, next: Progress, wait: Duration) -> Result<(), QueueError> {
         // A late answer of an earlier holder finds another token and changes nothing.
         sqlx::query(
             "UPDATE delivery_queue
@@ -227,7 +231,7 @@ impl Lease for RowLease {
         Ok(())
     }
 
-    async fn put_back(self: Box<Self>, wait: Duration) -> Result<(), QueueError> {
+    async fn put_back(&self, wait: Duration) -> Result<(), QueueError> {
         sqlx::query(
             "UPDATE delivery_queue SET visible_at = now() + make_interval(secs => $3), lease_token = NULL
              WHERE delivery_id = $1 AND lease_token = $2",

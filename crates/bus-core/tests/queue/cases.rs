@@ -105,9 +105,9 @@ pub(crate) async fn a_hold_that_is_extended_lasts(kind: Kind) {
     let fixture = Fixture::new(kind).await;
     fixture.put(1).await;
     let held = pull_all(&fixture.queue, 1).await.remove(0);
-    for _ in 0..4 {
+    for _ in 0..8 {
         held.lease.extend().await.unwrap();
-        fixture.pass(LEASE / 2).await;
+        fixture.pass(LEASE / 4).await;
         let taken = pull_for(&fixture.other_worker, 1, Duration::from_millis(50)).await;
         assert!(taken.is_empty(), "nobody else gets what is held");
     }

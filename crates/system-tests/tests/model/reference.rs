@@ -1,6 +1,9 @@
 //! The reference model: what is true of each delivery, whatever queue carries it.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use bus_core::{
     delivery::DeliveryKey,
@@ -24,6 +27,10 @@ pub(crate) struct Truth {
     pub(crate) held: bool,
     /// A holder outlived its hold and then reported success: at-least-once allows a repeat.
     pub(crate) repeatable: bool,
+    /// An answer came when it was no longer sure that its holder still had it: this machine was slow.
+    pub(crate) vague: bool,
+    /// It may not be attempted before (invariant I5).
+    pub(crate) not_before: Option<Instant>,
     /// Somebody cancelled it, perhaps after it was delivered: the bus, which learns of deliveries late, then
     /// refuses to replay it.
     pub(crate) cancelled: bool,
@@ -44,6 +51,8 @@ impl Reference {
             asked: 0,
             held: false,
             repeatable: false,
+            vague: false,
+            not_before: None,
             cancelled: false,
             story: vec!["published".into()],
         };
@@ -52,6 +61,11 @@ impl Reference {
 
     pub(crate) fn of(&mut self, id: DeliveryId) -> &mut Truth {
         self.0.get_mut(&id.0).expect("a delivery that was published")
+    }
+
+    /// Whatever waits for its time is due now.
+    pub(crate) fn all_due(&mut self) {
+        self.0.values_mut().for_each(|truth| truth.not_before = None);
     }
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &Truth> {
@@ -72,8 +86,15 @@ impl Truth {
     /// out a first turn that was closed.
     pub(crate) fn asks(&mut self, first_turns_may_slip: bool) {
         self.note("asked");
+        if self.vague {
+            self.held = true;
+            return;
+        }
         if self.held {
             self.wrong("asked while another worker holds it");
+        }
+        if self.not_before.is_some_and(|due| Instant::now() < due) {
+            self.wrong("asked before its wait was over");
         }
         let slipped = first_turns_may_slip && self.asked == 0;
         match self.state {
@@ -100,8 +121,9 @@ impl Truth {
         }
     }
 
-    pub(crate) fn is_deferred(&mut self) {
+    pub(crate) fn is_deferred(&mut self, wait: Duration) {
         self.note("deferred");
+        self.not_before = Some(Instant::now() + wait);
         self.state = self.state.after(Step::Postponed, false);
     }
 
@@ -112,6 +134,7 @@ impl Truth {
         if state != self.state {
             self.state = state;
             self.attempts = 0;
+            self.not_before = None;
         }
     }
 

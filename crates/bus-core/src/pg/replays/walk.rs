@@ -112,6 +112,7 @@ pub async fn restart_deliveries(
          SELECT d, e, o, s, c, v, 'waiting', floor(extract(epoch FROM now()) * 1000)::int8, 0,
                 date_trunc('milliseconds', now()), now(), 'replayed'
          FROM UNNEST($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::uuid[], $6::int8[]) AS u (d, e, o, s, c, v)
+         ORDER BY d
          ON CONFLICT (delivery_id) DO UPDATE
              SET state = 'waiting', turn = greatest(p.turn + 1, excluded.turn), attempts = 0, since = excluded.since,
                  due_at = excluded.due_at, lease_until = '-infinity', reason = excluded.reason,
