@@ -10,7 +10,7 @@ use bus_core::{
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     hold::Hold,
@@ -77,6 +77,17 @@ async fn park(pool: &PgPool, hints: &dyn Notifier, patience: &Patience, mut batc
         batch.retain(|item| !item.hold.is_lost());
         let parked: Vec<Park> = batch.iter().map(|item| item.park.clone()).collect();
         let Err(failed) = pg::park(pool, &parked).await else { break };
+        if !failed.is_unavailable() {
+            // One of them cannot be stored, and must not keep the others from it.
+            if let [one] = &batch[..] {
+                error!(delivery.id = %one.park.key.id, error = %Chain(&failed), "A delivery cannot be parked");
+                return;
+            }
+            for one in batch {
+                Box::pin(park(pool, hints, patience, vec![one])).await;
+            }
+            return;
+        }
         if !said {
             warn!(error = %Chain(&failed), deliveries = parked.len(), "Long retries are held until they can be parked");
             said = true;

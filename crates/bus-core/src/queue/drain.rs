@@ -6,7 +6,8 @@ use futures::{TryStreamExt as _, future::try_join_all};
 
 use super::{Body, DeliveryQueue, Enqueue, Leased, QueueError};
 
-/// Deliveries moved at a time; with the largest body that a queue carries, 50 MiB.
+/// Deliveries moved at a time; with the largest body that a queue carries, 50 MiB, and with the largest event that
+/// the database hands out, 200 MiB.
 const BATCH: usize = 200;
 
 /// How long one look at an empty lane takes. What is held or waits comes in a later look.

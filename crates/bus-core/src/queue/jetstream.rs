@@ -348,12 +348,19 @@ fn read(message: &Message) -> Result<Read, &'static str> {
     if turn < 0 {
         return Err("Nats-Msg-Id: not a turn");
     }
-    let since = header(SINCE, "no Bus-Since")?
-        .parse()
-        .ok()
-        .filter(|millis| *millis >= 0)
-        .and_then(|millis| Timestamp::from_millisecond(millis).ok())
-        .ok_or("Bus-Since: not a time")?;
+    let info = message.info().map_err(|_| "not a JetStream message")?;
+    let since = match optional(SINCE) {
+        Some(millis) => millis
+            .parse()
+            .ok()
+            .filter(|millis| *millis >= 0)
+            .and_then(|millis| Timestamp::from_millisecond(millis).ok())
+            .ok_or("Bus-Since: not a time")?,
+        // Put in by a version that did not write it.
+        None => {
+            Timestamp::from_second(info.published.unix_timestamp()).map_err(|_| "not published in time")?
+        }
+    };
     let attempts = optional(ATTEMPTS).map_or(Ok(0), str::parse).map_err(|_| "Bus-Attempts: not a number")?;
     let wait = optional(WAIT).map(str::parse).transpose().map_err(|_| "Bus-Wait: not a number")?;
     let event: EventUid =
@@ -368,12 +375,11 @@ fn read(message: &Message) -> Result<Read, &'static str> {
     let connection = tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no connection id")?;
     let organization =
         tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no organization id")?;
-    let delivered = message.info().map_err(|_| "not a JetStream message")?.delivered;
     Ok(Read {
         key: DeliveryKey { id, event, organization, subscription, connection, connection_version },
         progress: Progress { attempts, turn, since },
         wait: wait.map(Duration::from_millis),
-        delivered: u32::try_from(delivered).unwrap_or(u32::MAX),
+        delivered: u32::try_from(info.delivered).unwrap_or(u32::MAX),
     })
 }
 

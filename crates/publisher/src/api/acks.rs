@@ -33,8 +33,8 @@ pub(super) struct AckBody {
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct AckResult {
-    /// The deliveries that are acknowledged now, by this request or an earlier one. Those that were given up or
-    /// cancelled, or are known to be delivered, are not among them.
+    /// The deliveries that are acknowledged now, by this request or an earlier one; one that was just delivered may
+    /// be among them. Those that were given up or cancelled are not.
     #[schema(value_type = Vec<Uuid>)]
     acked: Vec<DeliveryId>,
 }
