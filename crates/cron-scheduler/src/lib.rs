@@ -3,6 +3,7 @@
 //!
 //! Any number of replicas share the work; due is the database's time.
 
+mod due;
 mod replays;
 mod returns;
 
@@ -12,13 +13,16 @@ use bus_core::{
     config::{Common, RoleConfig},
     launcher::{BoxError, Ctx, Role},
     notify::{self, Hint},
-    pg,
+    pg::{self, StoreError},
     supervise::{self, Broker},
 };
 use serde::Deserialize;
 use tokio::sync::Notify;
 
-use self::returns::{IDLE, LEASE_S};
+use self::{
+    due::{IDLE, Loop},
+    returns::LEASE_S,
+};
 pub use self::{
     replays::{replay_chunk, replay_due},
     returns::return_due,
@@ -54,20 +58,27 @@ impl RoleConfig for SchedulerConfig {
 pub async fn run(ctx: Ctx<SchedulerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
     let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
-    let beat = ctx.health.heartbeat("parked deliveries", IDLE * 12);
     let (due, wanted) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let wake = [Arc::clone(&due), Arc::clone(&wanted)];
     let following = notify::wake_on(Arc::clone(&transport.hints), Hint::Due, move || {
         wake.iter().for_each(|one| one.notify_one());
     });
     ctx.tasks.spawn(ctx.stop.clone().run_until_cancelled_owned(following));
-    let queue = Arc::clone(&transport.queue);
-    ctx.spawn(
-        "parked deliveries",
-        returns::run(pool.clone(), queue, Arc::clone(&due), beat, ctx.stop.clone()),
-    );
-    let beat = ctx.health.heartbeat("replays", IDLE * 12);
-    ctx.spawn("replays", replays::run(pool, wanted, due, beat, ctx.stop.clone()));
+    let begin =
+        |what, wake| Loop { what, wake, beat: ctx.health.heartbeat(what, IDLE * 12), stop: ctx.stop.clone() };
+    let returning = begin("parked deliveries", Arc::clone(&due));
+    let (on, queue) = (pool.clone(), Arc::clone(&transport.queue));
+    ctx.spawn(returning.what, returning.run(async move || return_due(&on, queue.as_ref()).await));
+    let replaying = begin("replays", wanted);
+    let replay = async move || {
+        let idle = replay_due(&pool).await?;
+        if idle.is_zero() {
+            // What came back waits, and is due.
+            due.notify_one();
+        }
+        Ok::<_, StoreError>(idle)
+    };
+    ctx.spawn(replaying.what, replaying.run(replay));
     ctx.stop.cancelled().await;
     ctx.tasks.close();
     ctx.tasks.wait().await;

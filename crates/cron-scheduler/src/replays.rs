@@ -1,13 +1,12 @@
 //! Replays are worked off, chunk by chunk. The queue is not touched: a replayed delivery waits in the database,
 //! due at once, and is returned like a parked retry.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use bus_core::{
     cloudevent::CloudEvent,
     delivery::DeliveryKey,
     ids::{DeliveryId, EventUid, OrganizationId, ReplayId, SubscriptionId, uuid_floor},
-    launcher::{BoxError, Heartbeat},
     matcher::{Candidate, Mismatch, Snapshot, Subject},
     pg::{
         self, Chunk, ClaimReplay, Cursor, DeadLetterAction, DeadLetterFilter, DeadLetters, DeadPlace, Replay,
@@ -18,14 +17,12 @@ use bus_core::{
 use jiff::Timestamp;
 use metrics::counter;
 use sqlx::{PgConnection, PgPool};
-use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::returns::{IDLE, SHORTEST, rest};
+use crate::due::{IDLE, SHORTEST};
 
-/// After an error, for the job that met it and for the loop.
+/// After an error, for the job that met it.
 const AGAIN_S: u32 = 1;
 
 /// The most events, deliveries or dead letters that a chunk looks at.
@@ -36,33 +33,6 @@ const CHUNK_BYTES: u64 = 8 * 1024 * 1024;
 
 /// If this process is cut off in the middle of a chunk, the job is free again after this time.
 const HOLD_S: u64 = 30;
-
-/// Runs until the stop. `wanted` says that there may be a new job; `due` is told of each chunk.
-pub(crate) async fn run(
-    pool: PgPool,
-    wanted: Arc<Notify>,
-    due: Arc<Notify>,
-    beat: Heartbeat,
-    stop: CancellationToken,
-) -> Result<(), BoxError> {
-    while !stop.is_cancelled() {
-        beat.beat();
-        let idle = match replay_due(&pool).await {
-            Ok(idle) => {
-                if idle.is_zero() {
-                    due.notify_one();
-                }
-                idle
-            }
-            Err(failed) => {
-                warn!(error = %Chain(&failed), "Replays wait");
-                Duration::from_secs(AGAIN_S.into())
-            }
-        };
-        stop.run_until_cancelled(rest(idle, &wanted)).await;
-    }
-    Ok(())
-}
 
 /// Works off one chunk of the job that is due the longest; answers how long there is nothing more to do.
 pub async fn replay_due(pool: &PgPool) -> Result<Duration, StoreError> {

@@ -19,6 +19,20 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// Several times as long as a worker's hold lasts unless it is extended.
 const OUTAGE: Duration = Duration::from_millis(2 * QUICK_ACK_WAIT_MS);
 
+/// Waits until every delivery is in the queue.
+async fn fanned_out(stack: &Stack) {
+    let pool = stack.owner_pool().await.unwrap();
+    wait_until("the fan-out", DEADLINE, || async {
+        let left: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox WHERE finished_at IS NULL")
+            .fetch_one(&pool)
+            .await
+            .unwrap();
+        if left == 0 { Ok(()) } else { Err(left) }
+    })
+    .await;
+    pool.close().await;
+}
+
 #[tokio::test]
 async fn i4_deliveries_that_need_an_absent_database_are_held_and_charged_nothing() {
     let options = StackOptions::default()
@@ -45,16 +59,7 @@ async fn i4_deliveries_that_need_an_absent_database_are_held_and_charged_nothing
         fresh.insert(tenant.publish_number("fresh", n).await.unwrap());
     }
     let failing = tenant.publish_number("known", 1).await.unwrap();
-    let pool = stack.owner_pool().await.unwrap();
-    wait_until("the fan-out", DEADLINE, || async {
-        let left: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox WHERE finished_at IS NULL")
-            .fetch_one(&pool)
-            .await
-            .unwrap();
-        if left == 0 { Ok(()) } else { Err(left) }
-    })
-    .await;
-    pool.close().await;
+    fanned_out(&stack).await;
     stack.postgres().kill().await.unwrap();
     stack.worker(0).signal(Signal::CONT).unwrap();
     receiver.wait_for("/known", 2).await;
@@ -114,16 +119,7 @@ async fn i4_i10_what_cannot_be_parked_is_held_and_takes_the_slots_that_it_has() 
     for n in 1..=EVENTS {
         published.insert(tenant.publish_number("known", n).await.unwrap());
     }
-    let pool = stack.owner_pool().await.unwrap();
-    wait_until("the fan-out", DEADLINE, || async {
-        let left: i64 = sqlx::query_scalar("SELECT count(*) FROM outbox WHERE finished_at IS NULL")
-            .fetch_one(&pool)
-            .await
-            .unwrap();
-        if left == 0 { Ok(()) } else { Err(left) }
-    })
-    .await;
-    pool.close().await;
+    fanned_out(&stack).await;
     stack.postgres().kill().await.unwrap();
     stack.worker(0).signal(Signal::CONT).unwrap();
     receiver.wait_for("/known", 1 + SLOTS).await;
