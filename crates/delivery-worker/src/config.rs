@@ -65,7 +65,7 @@ impl LoopConfig {
             final_statuses,
             defer_min: Duration::from_millis(self.defer_min_ms),
             defer_max: Duration::from_millis(self.defer_max_ms),
-            lifetime: Duration::from_secs(self.lifetime_s),
+            lifetime: self.lifetime(),
         }
     }
 

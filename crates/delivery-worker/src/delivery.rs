@@ -1,6 +1,6 @@
 //! One delivery from the lease to its end: attempt, then acknowledge, postpone, park or dead-letter.
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use bus_core::{
     clock::Clock,
@@ -12,7 +12,7 @@ use bus_core::{
     pg::{self, DeadLetter, LastAttempt, Park},
     queue::{Body, DeliveryQueue, Leased},
     receipt::{Receipt, ReceiptOutcome},
-    retry::{DeadReason, RetryPolicy, Rules, Standing, Verdict, verdict},
+    retry::{DeadReason, Rules, Standing, Verdict, verdict},
     sink::{AttemptReport, Outcome, Parcel, Sink},
 };
 use bytes::Bytes;
@@ -100,7 +100,7 @@ impl Deliverer {
         let (pool, settings, stop, tasks) = (&parts.pool, &parts.settings, &parts.stop, &parts.tasks);
         let ttl = Duration::from_secs(settings.connection_ttl_s);
         let connections = Connections::new(pool.clone(), settings.connection_cache, ttl);
-        let closed = ClosedDeliveries::new(pool.clone(), Duration::from_secs(settings.lifetime_s));
+        let closed = ClosedDeliveries::new(pool.clone(), settings.lifetime());
         let following = connections.clone().follow(Arc::clone(&parts.hints));
         tasks.spawn(stop.clone().run_until_cancelled_owned(following));
         let following = closed.clone().follow(Arc::clone(&parts.hints));
@@ -239,18 +239,15 @@ impl Deliverer {
     ) -> ReceiptOutcome {
         let key = delivery.key;
         let followed_by = match &report.outcome {
-            Outcome::Delivered => {
-                hold.ack().await;
-                return ReceiptOutcome::Delivered;
-            }
+            Outcome::Delivered => ReceiptOutcome::Delivered,
             Outcome::Deferred { .. } => ReceiptOutcome::Deferred,
             Outcome::Failed { .. } => ReceiptOutcome::Failed,
         };
-        if hold.is_lost() {
+        if followed_by != ReceiptOutcome::Delivered && hold.is_lost() {
             warn!(delivery.id = %key.id, "The hold ended before the attempt; whoever has the delivery now decides");
             return followed_by;
         }
-        let last = LastAttempt {
+        let last = || LastAttempt {
             status: report.status,
             body: Some(report.answer.clone()),
             error: report.outcome.reason(),
@@ -260,14 +257,14 @@ impl Deliverer {
         let (attempts, reason) = match self.verdict(receiver, &key, progress, &report.outcome) {
             Verdict::Delivered => {
                 hold.ack().await;
-                return ReceiptOutcome::Delivered;
+                return followed_by;
             }
             Verdict::Retry { wait, attempts, reason } => {
                 debug!(delivery.id = %key.id, connection.id = %key.connection, ?wait, reason, "Another attempt");
                 let next = progress.next(attempts);
                 let waits = wait <= self.parts.queue.longest_wait() && hold.postpone(next, wait).await;
                 if !waits {
-                    self.parking.park(Park { key, next, wait, reason, last }, hold).await;
+                    self.parking.park(Park { key, next, wait, reason, last: last() }, hold).await;
                 }
                 return followed_by;
             }
@@ -277,7 +274,8 @@ impl Deliverer {
                 (attempts, DeadReason::EndpointGone)
             }
         };
-        let dead = DeadLetter { last, ..DeadLetter::new(key, Progress { attempts, ..progress }, reason) };
+        let dead =
+            DeadLetter { last: last(), ..DeadLetter::new(key, Progress { attempts, ..progress }, reason) };
         if self.give_up(hold, dead, delivery.body.clone()).await { ReceiptOutcome::Dead } else { followed_by }
     }
 
@@ -294,8 +292,8 @@ impl Deliverer {
         outcome: &Outcome,
     ) -> Verdict {
         let own = receiver.rules.get(&key.subscription).and_then(|rules| rules.retry.as_ref());
-        let policy: RetryPolicy = own
-            .map_or_else(|| self.parts.settings.retry.clone(), |own| own.apply(&self.parts.settings.retry));
+        let default = &self.parts.settings.retry;
+        let policy = own.map_or(Cow::Borrowed(default), |own| Cow::Owned(own.apply(default)));
         let final_statuses = match &receiver.connection.target {
             Target::Webhook(webhook) => &webhook.final_statuses[..],
             Target::Publisher => &[],

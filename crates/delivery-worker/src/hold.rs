@@ -84,3 +84,68 @@ impl Hold {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    };
+
+    use async_trait::async_trait;
+    use bus_core::queue::QueueError;
+    use uuid::Uuid;
+
+    use super::*;
+
+    /// Counts how often it is extended.
+    #[derive(Debug)]
+    struct Counting(Arc<AtomicU32>);
+
+    #[async_trait]
+    impl Lease for Counting {
+        async fn ack(&self) -> Result<(), QueueError> {
+            Ok(())
+        }
+
+        async fn postpone(&self, _: Progress, _: Duration) -> Result<(), QueueError> {
+            Ok(())
+        }
+
+        async fn put_back(&self, _: Duration) -> Result<(), QueueError> {
+            Ok(())
+        }
+
+        async fn extend(&self) -> Result<(), QueueError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn i4_a_hold_that_is_extended_in_time_lasts_and_one_that_is_lost_is_not_won_back() {
+        let id = Uuid::from_u128(1);
+        let key = DeliveryKey {
+            id: id.into(),
+            event: id.into(),
+            organization: id.into(),
+            subscription: id.into(),
+            connection: id.into(),
+            connection_version: 1,
+        };
+        let extended = Arc::new(AtomicU32::new(0));
+        let hold = Hold::new(key, Box::new(Counting(Arc::clone(&extended))), Duration::from_secs(10));
+        for _ in 0..5 {
+            tokio::time::advance(Duration::from_secs(8)).await;
+            assert!(!hold.is_lost());
+            hold.extend().await;
+        }
+        assert_eq!(extended.load(Ordering::Relaxed), 5);
+        // A tenth of it is not relied on.
+        tokio::time::advance(Duration::from_secs(9)).await;
+        assert!(hold.is_lost());
+        hold.extend().await;
+        assert!(hold.is_lost(), "somebody else has it");
+        assert_eq!(extended.load(Ordering::Relaxed), 5, "and theirs must not be made longer");
+    }
+}
