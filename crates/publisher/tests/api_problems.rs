@@ -96,11 +96,7 @@ async fn request_ids_are_echoed_or_made() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_database_the_answer_is_503_with_a_time_to_come_back() {
     use devkit::{servers::Durability, stack::ServerChoice};
-    let mut bus = Bus::start_with(|options| {
-        let options = options.servers(ServerChoice::Own(Durability::Fast));
-        options.env("EVENT_BUS_POSTGRES__ACQUIRE_TIMEOUT_MS", 500)
-    })
-    .await;
+    let mut bus = Bus::start_with(|options| options.servers(ServerChoice::Own(Durability::Fast))).await;
     let tenant = bus.tenant("acme").await;
     let published = tenant.api.post("/v1/events", json!({ "type": "a", "data": 1 })).await;
     published.is(202);
