@@ -30,6 +30,8 @@ GRANT SELECT ON delivery_attempts TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_publisher;
 GRANT DELETE ON delivery_queue TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE, DELETE ON replays TO bus_publisher;
+GRANT SELECT, INSERT, UPDATE ON scheduled_events, schedules TO bus_publisher;
+GRANT SELECT ON occurrences TO bus_publisher;
 
 GRANT SELECT ON connections, subscriptions, events TO bus_worker;
 GRANT EXECUTE ON FUNCTION disable_connection(uuid, uuid, bigint, text) TO bus_worker;
@@ -45,9 +47,15 @@ GRANT SELECT, UPDATE ON replays TO bus_scheduler;
 GRANT SELECT ON subscriptions TO bus_scheduler;
 GRANT SELECT (id, version) ON organizations TO bus_scheduler;
 GRANT SELECT (id, version, enabled, deleted_at) ON connections TO bus_scheduler;
+-- What is due becomes events, with their fan-out.
+GRANT SELECT, UPDATE, DELETE ON scheduled_events TO bus_scheduler;
+GRANT SELECT, UPDATE ON schedules TO bus_scheduler;
+GRANT SELECT, INSERT, UPDATE ON occurrences, outbox TO bus_scheduler;
+GRANT INSERT ON events TO bus_scheduler;
+GRANT SELECT ON delivery_attempts TO bus_scheduler;
 
 GRANT SELECT, INSERT ON delivery_attempts TO bus_archiver;
 -- UPDATE is what SELECT … FOR UPDATE asks for.
-GRANT SELECT, UPDATE, DELETE ON outbox, event_keys, delivery_states TO bus_archiver;
+GRANT SELECT, UPDATE, DELETE ON outbox, event_keys, delivery_states, scheduled_events, schedules TO bus_archiver;
 GRANT SELECT (uid) ON events TO bus_archiver;
 GRANT EXECUTE ON FUNCTION create_day_partition(text, date) TO bus_archiver;

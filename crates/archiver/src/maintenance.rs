@@ -47,5 +47,7 @@ async fn round(pool: &PgPool, config: &MaintenanceConfig, clock: &dyn Clock) -> 
     }
     let finished = pg::sweep_outbox(pool, Duration::from_secs(config.outbox_keep_s), SWEEP).await?;
     let over = pg::sweep_states(pool, Duration::from_secs(config.delivery_states_keep_s), SWEEP).await?;
-    Ok(finished + over)
+    // What was cancelled is kept as long as what is over of deliveries: somebody may still ask what became of it.
+    let gone = pg::sweep_scheduled(pool, config.delivery_states_keep_s, SWEEP).await?;
+    Ok(finished + over + gone)
 }

@@ -158,7 +158,7 @@ pub struct ShutdownConfig {
 
 /// Every top-level key of any role. One file or one environment may serve all binaries, so a section
 /// that belongs to another role is accepted; a name that belongs to none is refused.
-const KNOWN: [&str; 17] = [
+const KNOWN: [&str; 19] = [
     "backend",
     "prefix",
     "lanes",
@@ -170,6 +170,8 @@ const KNOWN: [&str; 17] = [
     "telemetry",
     "shutdown",
     "http",
+    "scheduler",
+    "schedules",
     "admin_token",
     "publish",
     "replay",

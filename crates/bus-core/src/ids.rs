@@ -73,6 +73,10 @@ id!(
     /// A job that brings deliveries back, or discards dead letters.
     ReplayId
 );
+id!(
+    /// An event that recurs.
+    ScheduleId
+);
 
 impl DeliveryId {
     /// The delivery of `event` to `subscription`: a UUIDv5 (RFC 9562 §5.5) of the two, so that
@@ -83,7 +87,20 @@ impl DeliveryId {
 }
 
 impl EventUid {
-    /// When the event arrived, milliseconds: a uid is a UUIDv7.
+    /// The uid of an event that enters history at `at`: a UUIDv7 of that time, milliseconds, with the other bits
+    /// of `random`.
+    pub fn at(at: Timestamp, random: Uuid) -> Self {
+        const OTHER_BITS: u128 = (1 << 76) - 1;
+        Self(Uuid::from_u128((uuid_floor(at).as_u128() & !OTHER_BITS) | (random.as_u128() & OTHER_BITS)))
+    }
+
+    /// The uid of the occurrence of `schedule` at `tick`: whoever fires it, and however often it is tried, there
+    /// is one. In place of the random bits are those of a UUIDv5 of the two (RFC 9562 §5.5).
+    pub fn of_tick(schedule: ScheduleId, tick: Timestamp) -> Self {
+        Self::at(tick, Uuid::new_v5(&schedule.0, &tick.as_millisecond().to_be_bytes()))
+    }
+
+    /// When the event arrived, milliseconds: a uid is a UUIDv7. Of one that was due later, its due time.
     pub fn received_at(self) -> Option<Timestamp> {
         let (seconds, nanos) = self.0.get_timestamp()?.to_unix();
         Timestamp::new(i64::try_from(seconds).ok()?, i32::try_from(nanos).ok()?).ok()
@@ -145,6 +162,19 @@ mod tests {
         .expect("in range");
         assert!(uuid_floor(at) <= before);
         assert!(uuid_floor(at + jiff::SignedDuration::from_millis(1)) > before);
+    }
+
+    #[test]
+    fn i5_a_tick_has_one_uid_and_it_is_a_uuidv7_of_the_tick() {
+        let (schedule, other) = (ScheduleId(SystemIds.next()), ScheduleId(SystemIds.next()));
+        let tick: Timestamp = "2026-03-08T07:30:00Z".parse().expect("a time");
+        let later = tick + jiff::SignedDuration::from_secs(1);
+        let uid = EventUid::of_tick(schedule, tick);
+        assert_eq!(uid, EventUid::of_tick(schedule, tick));
+        assert_ne!(uid, EventUid::of_tick(other, tick));
+        assert!(uuid_floor(tick) <= uid.0 && uid.0 < uuid_floor(later));
+        assert_eq!(uid.received_at(), Some(tick));
+        assert_eq!((uid.0.get_version_num(), uid.0.get_variant()), (7, uuid::Variant::RFC4122));
     }
 
     #[test]

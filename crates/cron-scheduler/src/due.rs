@@ -1,15 +1,19 @@
-//! The loop of everything that becomes due: look, do what there is, rest until there may be more.
+//! Everything that becomes due: one question tells what is next of each kind, and a loop per kind does what there is.
+//!
+//! An idle scheduler asks that one question once in [`IDLE`], and nothing else.
 
 use std::{fmt, sync::Arc, time::Duration};
 
 use bus_core::{
     launcher::{BoxError, Heartbeat},
     notify::DUE_IDLE,
+    pg::{self, Agenda, StoreError},
     telemetry::Chain,
 };
+use sqlx::PgPool;
 use tokio::{
-    sync::Notify,
-    time::{sleep, timeout},
+    sync::{Notify, watch},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
@@ -20,83 +24,138 @@ use tracing::warn;
 /// [`Hint::Due`]: bus_core::notify::Hint::Due
 pub(crate) const IDLE: Duration = DUE_IDLE;
 
-/// The shortest sleep between two looks that found nothing to do, however many hints come.
+/// The shortest time between two questions, however many hints come.
 pub(crate) const SHORTEST: Duration = Duration::from_millis(20);
 
 /// After an error.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// One such loop.
+/// What is due next, as it was read last, and when it was.
+#[derive(Debug, Clone, Copy)]
+struct Read {
+    at: Instant,
+    agenda: Agenda,
+}
+
+/// What is due next, for the loops.
+#[derive(Debug)]
+pub(crate) struct Due {
+    read: watch::Sender<Read>,
+    /// Somebody wants to know again.
+    ask: Notify,
+}
+
+impl Due {
+    pub(crate) fn new() -> Arc<Self> {
+        let nothing = Read { at: Instant::now(), agenda: Agenda::default() };
+        Arc::new(Self { read: watch::Sender::new(nothing), ask: Notify::new() })
+    }
+
+    /// There may be something that was not there at the last question.
+    pub(crate) fn ask(&self) {
+        self.ask.notify_one();
+    }
+
+    /// Asks at intervals, and when somebody wants to know, until the stop.
+    pub(crate) async fn follow(
+        self: Arc<Self>,
+        pool: PgPool,
+        beat: Heartbeat,
+        stop: CancellationToken,
+    ) -> Result<(), BoxError> {
+        self.follow_with(async move || pg::agenda(&pool).await, beat, stop).await
+    }
+
+    async fn follow_with(
+        self: Arc<Self>,
+        agenda: impl AsyncFn() -> Result<Agenda, StoreError>,
+        beat: Heartbeat,
+        stop: CancellationToken,
+    ) -> Result<(), BoxError> {
+        while !stop.is_cancelled() {
+            beat.beat();
+            let rest = match agenda().await {
+                Ok(agenda) => {
+                    self.read.send_replace(Read { at: Instant::now(), agenda });
+                    IDLE
+                }
+                Err(failed) => {
+                    warn!(error = %Chain(&failed), "What is due waits");
+                    AGAIN
+                }
+            };
+            stop.run_until_cancelled(self.rest(rest)).await;
+        }
+        Ok(())
+    }
+
+    /// Waits until there is a reason to ask: `idle` is over, or somebody wants to know. All that happens meanwhile is
+    /// one reason.
+    async fn rest(&self, idle: Duration) {
+        sleep(SHORTEST).await;
+        // Either way the answer is the same: ask again.
+        let _ = timeout(idle.saturating_sub(SHORTEST), self.ask.notified()).await;
+    }
+}
+
+/// The loop of one kind.
 #[derive(Debug)]
 pub(crate) struct Loop {
     /// What it does, for the log.
     pub(crate) what: &'static str,
-    /// Says that there may be something to do.
-    pub(crate) wake: Arc<Notify>,
+    pub(crate) due: Arc<Due>,
+    /// Which of the agenda's entries it is about.
+    pub(crate) next: fn(&Agenda) -> Option<Duration>,
     pub(crate) beat: Heartbeat,
     pub(crate) stop: CancellationToken,
 }
 
 impl Loop {
-    /// Runs until the stop. `look` does what there is to do, or a part of it, and answers how long there is
-    /// nothing more.
+    /// Runs until the stop. `look` does what is due, or a part of it, and answers how long there is nothing more.
     pub(crate) async fn run<E>(self, look: impl AsyncFn() -> Result<Duration, E>) -> Result<(), BoxError>
     where
         E: std::error::Error + fmt::Debug + 'static,
     {
-        while !self.stop.is_cancelled() {
-            self.beat.beat();
-            let idle = look().await.unwrap_or_else(|failed| {
-                warn!(what = self.what, error = %Chain(&failed), "What is due waits");
-                AGAIN
-            });
-            self.stop.run_until_cancelled(rest(idle, &self.wake)).await;
+        let mut read = self.due.read.subscribe();
+        while let Some(()) = self.stop.run_until_cancelled(self.until_due(&mut read)).await {
+            loop {
+                self.beat.beat();
+                match look().await {
+                    Ok(Duration::ZERO) if !self.stop.is_cancelled() => {}
+                    Ok(_) => break,
+                    Err(failed) => {
+                        warn!(what = self.what, error = %Chain(&failed), "What is due waits");
+                        self.stop.run_until_cancelled(sleep(AGAIN)).await;
+                        break;
+                    }
+                }
+            }
+            // What was read before says that it is due; only a new answer counts.
+            read.mark_unchanged();
+            self.due.ask();
+            self.stop.run_until_cancelled(read.changed()).await;
         }
         Ok(())
     }
-}
 
-/// Waits until there may be something to do: `idle`, or shorter if something became due. All that was
-/// announced since the last look is one reason to look again.
-async fn rest(idle: Duration, due: &Notify) {
-    let shortest = idle.min(SHORTEST);
-    sleep(shortest).await;
-    // Either way the answer is the same: look again.
-    let _ = timeout(idle - shortest, due.notified()).await;
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::time::Instant;
-
-    use super::*;
-
-    #[tokio::test(start_paused = true)]
-    async fn what_is_announced_ends_the_rest_but_hints_do_not_make_it_spin() {
-        let due = Arc::new(Notify::new());
-        let begun = Instant::now();
-        rest(IDLE, &due).await;
-        assert_eq!(begun.elapsed(), IDLE, "nothing was announced");
-
-        let (announcing, begun) = (Arc::clone(&due), Instant::now());
-        tokio::spawn(async move {
-            sleep(Duration::from_secs(1)).await;
-            announcing.notify_one();
-        });
-        rest(IDLE, &due).await;
-        assert_eq!(begun.elapsed(), Duration::from_secs(1));
-
-        let begun = Instant::now();
-        for _ in 0..1_000 {
-            due.notify_one();
+    /// Waits until the next of this kind is due, by the latest answer.
+    async fn until_due(&self, read: &mut watch::Receiver<Read>) {
+        loop {
+            self.beat.beat();
+            let known = *read.borrow_and_update();
+            let due = (self.next)(&known.agenda).and_then(|wait| known.at.checked_add(wait));
+            let changed = match due {
+                Some(due) => tokio::select! {
+                    biased;
+                    () = sleep_until(due) => return,
+                    changed = read.changed() => changed,
+                },
+                None => read.changed().await,
+            };
+            // The sender lives as long as this loop.
+            if changed.is_err() {
+                return;
+            }
         }
-        rest(IDLE, &due).await;
-        assert_eq!(begun.elapsed(), SHORTEST, "a thousand hints are one reason");
-        rest(IDLE, &due).await;
-        assert_eq!(begun.elapsed(), SHORTEST + IDLE);
-
-        let begun = Instant::now();
-        rest(Duration::ZERO, &due).await;
-        assert_eq!(begun.elapsed(), Duration::ZERO, "there is more to do already");
     }
 }

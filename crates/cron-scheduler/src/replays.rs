@@ -6,6 +6,7 @@ use std::time::Duration;
 use bus_core::{
     cloudevent::CloudEvent,
     delivery::DeliveryKey,
+    fanout::Target,
     ids::{DeliveryId, EventUid, OrganizationId, ReplayId, SubscriptionId, uuid_floor},
     matcher::{Candidate, Mismatch, Snapshot, Subject},
     pg::{
@@ -240,14 +241,7 @@ fn matching(
     let of_event = |(event, body): (&WalkedEvent, &Option<CloudEvent>)| {
         let payload = body.as_ref().and_then(CloudEvent::json_payload);
         let subject = Subject { event_type: &event.r#type, publisher: event.publisher, payload };
-        let key = |candidate: &Candidate| DeliveryKey {
-            id: DeliveryId::derive(event.uid, candidate.subscription),
-            event: event.uid,
-            organization,
-            subscription: candidate.subscription,
-            connection: candidate.connection,
-            connection_version: candidate.connection_version,
-        };
+        let key = |candidate: &Candidate| Target::from(candidate).delivery(event.uid, organization);
         (event.uid, snapshot.matching(subject).into_iter().map(key).collect())
     };
     let all = || events.iter().zip(bodies).map(of_event).collect();

@@ -13,7 +13,7 @@ use metrics::counter;
 use sqlx::PgPool;
 use tracing::debug;
 
-use crate::due::{IDLE, SHORTEST};
+use crate::due::IDLE;
 
 /// Deliveries returned at a time; with the largest body that the queue carries, 50 MiB.
 const BATCH: u32 = 200;
@@ -26,9 +26,7 @@ pub(crate) const LEASE_S: u64 = 30;
 pub async fn return_due(pool: &PgPool, queue: &dyn DeliveryQueue) -> Result<Duration, QueueError> {
     let due = pg::take_due(pool, BATCH, LEASE_S).await?;
     if due.is_empty() {
-        let next = pg::next_due_in(pool).await?;
-        let next = next.map_or(IDLE, |seconds| Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(IDLE));
-        return Ok(next.clamp(SHORTEST, IDLE));
+        return Ok(IDLE);
     }
     let mut deliveries = Vec::with_capacity(due.len());
     for due in &due {

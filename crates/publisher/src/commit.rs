@@ -13,11 +13,13 @@ use std::{
 use bus_core::{
     clock::Clock,
     delivery::Progress,
-    ids::{EventUid, Ids, KeyId, OrganizationId, OutboxId},
+    fanout::{FanOut, FanOutStore},
+    ids::{Ids, KeyId, OrganizationId, OutboxId},
     launcher::Ctx,
     matcher::Snapshot,
-    notify::{Hint, Notifier},
+    notify::{DUE_IDLE, Hint, Notifier},
     pg::{self, StoreError, UniqueKey},
+    snapshots::Snapshots,
     telemetry::Chain,
 };
 use metrics::{counter, histogram};
@@ -25,12 +27,11 @@ use sqlx::{PgConnection, PgPool};
 use tokio::sync::{Mutex, mpsc};
 use tracing::{error, warn};
 
-use self::plan::Plan;
+use self::plan::{NewEvents, Plan};
 use crate::{
     config::{PublishConfig, PublisherConfig},
-    fanout::{FanOut, FanOutEvent, FanOuts},
+    fanout::FanOuts,
     ingest::{Accepted, Job, PublishError, RETRY_AFTER},
-    snapshots::Snapshots,
 };
 
 /// Requests are put together up to this many bytes of events.
@@ -47,9 +48,6 @@ const MANY_CANDIDATES: usize = 5_000;
 /// The server ends a statement after its own time limit. What takes so much longer has lost the server.
 const BEYOND_STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Rows of one statement that fills the queue of the Postgres backend.
-const MAX_QUEUED: usize = 5_000;
-
 /// A transaction that the database broke off for another one's sake is tried this often in all.
 const TRIES: u32 = 3;
 
@@ -64,9 +62,7 @@ pub(crate) struct Committer {
     pub(crate) config: PublishConfig,
     /// Wakes the workers when deliveries are in the queue table.
     pub(crate) hints: Arc<dyn Notifier>,
-    /// The lanes, if the queue is a table of the same database: the deliveries then go in with the events,
-    /// and there is nothing left to fan out.
-    pub(crate) queue_in_database: Option<u16>,
+    pub(crate) store: FanOutStore,
 }
 
 /// Starts the committers. They end, after what was handed in, when the last
@@ -221,27 +217,43 @@ impl Committer {
         } else {
             pg::read_identities(&mut transaction, &repeated).await?
         };
+        // Due is the database's time; asking for it is worth a statement only if somebody says when.
+        let now = if group.iter().any(|job| job.publish.deliver_at.iter().any(Option::is_some)) {
+            pg::transaction_time(&mut transaction).await?
+        } else {
+            self.clock.now()
+        };
         let candidates = group.iter().map(|job| self.candidates(job)).fold(0, usize::saturating_add);
         let matched = if candidates > MANY_CANDIDATES {
-            tokio::task::block_in_place(|| plan.new_events(&snapshots, MAX_MATCHES))
+            tokio::task::block_in_place(|| plan.new_events(&snapshots, now, MAX_MATCHES))
         } else {
-            plan.new_events(&snapshots, MAX_MATCHES)
+            plan.new_events(&snapshots, now, MAX_MATCHES)
         };
-        let (events, fan_out) = match matched {
+        let NewEvents { published, fan_out, scheduled } = match matched {
             Ok(new) => new,
             Err(index) => return Ok(Outcome::TooManyDeliveries(index)),
         };
-        if !events.is_empty() {
-            pg::insert_events(&mut transaction, &events).await?;
+        if !published.is_empty() {
+            pg::insert_events(&mut transaction, &published).await?;
         }
-        let queued = self.queue_in_database.is_some() && !fan_out.is_empty();
-        let fan_out = self.store_fan_out(&mut transaction, fan_out).await?;
+        if !scheduled.is_empty() {
+            pg::insert_scheduled(&mut transaction, &scheduled).await?;
+        }
+        let queued = self.store.is_queue() && fan_out.iter().any(|event| !event.targets.is_empty());
+        let (outbox, progress) = (OutboxId(self.ids.next()), Progress::new(self.clock.now()));
+        let fan_out = self.store.store(&mut transaction, outbox, progress, fan_out).await?;
         pg::commit(transaction).await?;
         if queued {
             self.hints.notify(Hint::Enqueued).await;
         }
-        counter!("bus_events_published").increment(events.len() as u64);
-        histogram!("bus_publish_group_events").record(u32::try_from(events.len()).unwrap_or(u32::MAX));
+        // Whoever waits for what is due looks at least once in this time.
+        if scheduled.iter().any(|event| event.due_at <= now.saturating_add(DUE_IDLE).unwrap_or(now)) {
+            self.hints.notify(Hint::Due).await;
+        }
+        counter!("bus_events_published").increment(published.len() as u64);
+        counter!("bus_events_scheduled").increment(scheduled.len() as u64);
+        let group = published.len() + scheduled.len();
+        histogram!("bus_publish_group_events").record(u32::try_from(group).unwrap_or(u32::MAX));
         Ok(Outcome::Committed(Committed { answers: plan.answers(&first), fan_out }))
     }
 
@@ -260,35 +272,6 @@ impl Committer {
             snapshots.insert(key, (organization, snapshot));
         }
         Ok(snapshots)
-    }
-
-    async fn store_fan_out(
-        &self,
-        transaction: &mut PgConnection,
-        events: Vec<FanOutEvent>,
-    ) -> Result<Option<FanOut>, StoreError> {
-        if events.is_empty() {
-            return Ok(None);
-        }
-        if let Some(lanes) = self.queue_in_database {
-            let progress = Progress::new(self.clock.now());
-            let mut keys = Vec::with_capacity(MAX_QUEUED);
-            for event in &events {
-                for target in &event.targets {
-                    keys.push((event.delivery(target), progress));
-                    if keys.len() == MAX_QUEUED {
-                        pg::insert_queued(transaction, &keys, lanes).await?;
-                        keys.clear();
-                    }
-                }
-            }
-            pg::insert_queued(transaction, &keys, lanes).await?;
-            return Ok(None);
-        }
-        let outbox = OutboxId(self.ids.next());
-        let uids: Vec<EventUid> = events.iter().map(|event| event.uid).collect();
-        pg::insert_outbox(transaction, outbox, &uids, self.config.outbox_lease_s).await?;
-        Ok(Some(FanOut { outbox, events }))
     }
 }
 

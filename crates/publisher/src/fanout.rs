@@ -13,15 +13,14 @@ use std::{
 
 use bus_core::{
     clock::Clock,
-    delivery::{DeliveryKey, Progress},
-    ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, OutboxId, SubscriptionId},
+    delivery::Progress,
+    fanout::FanOut,
+    ids::OutboxId,
     launcher::{BoxError, Ctx},
-    matcher::Candidate,
     pg,
-    queue::{Body, DeliveryQueue, Enqueue, QueueError},
+    queue::DeliveryQueue,
     telemetry::Chain,
 };
-use bytes::Bytes;
 use metrics::counter;
 use sqlx::PgPool;
 use tokio::{
@@ -33,7 +32,7 @@ use tracing::warn;
 
 use crate::config::PublisherConfig;
 
-/// Deliveries that are handed to the queue at a time; bounds memory where an event has many targets.
+/// Rows that are marked at a time.
 const CHUNK: usize = 1_000;
 
 /// How long a committer waits for room, at most.
@@ -44,54 +43,6 @@ const AGAIN: Duration = Duration::from_secs(1);
 
 /// Finished rows are marked together, at most this long after the first.
 const FINISH_EVERY: Duration = Duration::from_millis(100);
-
-/// One place an event goes to.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Target {
-    pub(crate) subscription: SubscriptionId,
-    pub(crate) connection: ConnectionId,
-    pub(crate) connection_version: i64,
-}
-
-impl From<&Candidate> for Target {
-    fn from(candidate: &Candidate) -> Self {
-        Self {
-            subscription: candidate.subscription,
-            connection: candidate.connection,
-            connection_version: candidate.connection_version,
-        }
-    }
-}
-
-/// A committed event and where it goes.
-#[derive(Debug)]
-pub(crate) struct FanOutEvent {
-    pub(crate) uid: EventUid,
-    pub(crate) organization: OrganizationId,
-    pub(crate) body: Bytes,
-    pub(crate) targets: Vec<Target>,
-}
-
-impl FanOutEvent {
-    /// The event's delivery to one of its targets.
-    pub(crate) fn delivery(&self, target: &Target) -> DeliveryKey {
-        DeliveryKey {
-            id: DeliveryId::derive(self.uid, target.subscription),
-            event: self.uid,
-            organization: self.organization,
-            subscription: target.subscription,
-            connection: target.connection,
-            connection_version: target.connection_version,
-        }
-    }
-}
-
-/// One transaction's fan-out.
-#[derive(Debug)]
-pub(crate) struct FanOut {
-    pub(crate) outbox: OutboxId,
-    pub(crate) events: Vec<FanOutEvent>,
-}
 
 /// Runs fan-outs beside the committers. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -129,7 +80,7 @@ impl FanOuts {
         };
         let this = self.clone();
         self.tasks.spawn(async move {
-            let result = this.run(&fan_out.events).await;
+            let result = fan_out.enqueue(this.queue.as_ref(), Progress::new(this.clock.now())).await;
             this.healthy.store(result.is_ok(), Ordering::Relaxed);
             match result {
                 Ok(()) => {
@@ -144,47 +95,6 @@ impl FanOuts {
             }
             drop(permit);
         });
-    }
-
-    async fn run(&self, events: &[FanOutEvent]) -> Result<(), QueueError> {
-        let mut chunks = Chunks::new(self.queue.as_ref(), Progress::new(self.clock.now()));
-        for event in events {
-            let body = Body::bounded(&event.body);
-            for target in &event.targets {
-                chunks.push(event.delivery(target), &body).await?;
-            }
-        }
-        chunks.finish().await
-    }
-}
-
-/// Puts deliveries into the queue, [`CHUNK`] at a time.
-pub(crate) struct Chunks<'q> {
-    queue: &'q dyn DeliveryQueue,
-    progress: Progress,
-    chunk: Vec<Enqueue>,
-}
-
-impl<'q> Chunks<'q> {
-    pub(crate) fn new(queue: &'q dyn DeliveryQueue, progress: Progress) -> Self {
-        Self { queue, progress, chunk: Vec::new() }
-    }
-
-    pub(crate) async fn push(&mut self, key: DeliveryKey, body: &Body) -> Result<(), QueueError> {
-        self.chunk.push(Enqueue { key, progress: self.progress, body: body.clone() });
-        if self.chunk.len() == CHUNK { self.send().await } else { Ok(()) }
-    }
-
-    /// To be called after the last delivery; what is dropped without it was not put in.
-    pub(crate) async fn finish(mut self) -> Result<(), QueueError> {
-        if self.chunk.is_empty() { Ok(()) } else { self.send().await }
-    }
-
-    async fn send(&mut self) -> Result<(), QueueError> {
-        self.queue.enqueue(&self.chunk).await?;
-        counter!("bus_deliveries_enqueued").increment(self.chunk.len() as u64);
-        self.chunk.clear();
-        Ok(())
     }
 }
 

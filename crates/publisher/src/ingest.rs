@@ -33,6 +33,8 @@ pub struct Publish {
     pub events: Vec<CloudEvent>,
     /// For each event: the producer named it, so its (source, id) is published only once.
     pub explicit_id: Vec<bool>,
+    /// For each event: when it is to be delivered, if not at once.
+    pub deliver_at: Vec<Option<Timestamp>>,
     /// For each event: its uid.
     pub uids: Vec<EventUid>,
     /// The request as a whole is published only once.
@@ -209,6 +211,7 @@ mod tests {
             at: Timestamp::UNIX_EPOCH,
             events: vec![event],
             explicit_id: vec![true],
+            deliver_at: vec![None],
             uids: vec![EventUid(Uuid::nil())],
             idempotency: None,
         };

@@ -12,7 +12,6 @@ pub mod fault;
 pub mod ingest;
 pub mod relay;
 mod serve;
-pub mod snapshots;
 pub mod state;
 
 use std::sync::Arc;
@@ -20,9 +19,10 @@ use std::sync::Arc;
 use bus_core::{
     address::AddressPolicy,
     cloudevent::Limits,
-    config::Backend,
+    fanout::FanOutStore,
     launcher::{BoxError, Ctx, Role},
     pg,
+    snapshots::Snapshots,
     supervise::{self, Broker},
 };
 use secrecy::ExposeSecret as _;
@@ -34,7 +34,6 @@ use crate::{
     fanout::FanOuts,
     ingest::Ingest,
     relay::Relay,
-    snapshots::Snapshots,
     state::{AppState, Inner},
 };
 
@@ -62,7 +61,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         clock: ctx.clock.clone(),
         config: publish.clone(),
         hints: transport.hints.clone(),
-        queue_in_database: (ctx.common.backend == Backend::Postgres).then_some(ctx.common.lanes),
+        store: FanOutStore::new(&ctx.common, publish.outbox_lease_s),
     };
     commit::start(&ctx, committer, jobs);
     let beat = ctx.health.heartbeat("relay", relay::INTERVAL * 60);

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bus_core::{
     clock::Clock,
     delivery::Progress,
+    fanout::Chunks,
     launcher::{BoxError, Heartbeat},
     pg::{self, Unfinished},
     queue::{DeliveryQueue, QueueError},
@@ -16,7 +17,7 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::{config::PublishConfig, fanout::Chunks};
+use crate::config::PublishConfig;
 
 /// Between two looks for rows whose holder did not finish.
 pub(crate) const INTERVAL: Duration = Duration::from_secs(1);

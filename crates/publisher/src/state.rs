@@ -8,7 +8,9 @@ use bus_core::{
 };
 use sqlx::PgPool;
 
-use crate::{ingest::Ingest, snapshots::Snapshots};
+use bus_core::snapshots::Snapshots;
+
+use crate::ingest::Ingest;
 
 /// What the API's handlers share. Cheap to clone.
 #[derive(Clone)]

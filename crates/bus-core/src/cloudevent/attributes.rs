@@ -4,12 +4,13 @@ use jiff::Timestamp;
 
 use super::{
     Draft, ExtensionValue, MAX_ATTRIBUTE_BYTES, MAX_EXTENSIONS,
-    error::{EventError, EventErrorKind, shortened},
+    error::{EventError, shortened},
     media_type::MediaType,
+    recurring,
 };
 
-/// Extension names that will mean something to the bus: when the event is due.
-const RESERVED: [&str; 4] = ["deliverAt", "deliverat", "cron", "timezone"];
+/// The extension attribute that says when an event is to be delivered.
+pub(super) const DELIVER_AT: &str = "deliverat";
 /// Extensions are named by `^[a-z0-9]{1,20}$` ("Naming Conventions").
 const MAX_NAME: usize = 20;
 
@@ -24,14 +25,6 @@ pub(super) struct Attributes {
 impl Attributes {
     /// Takes one attribute other than `specversion`.
     pub(super) fn set(&mut self, name: &str, value: ExtensionValue) -> Result<(), EventError> {
-        if RESERVED.contains(&name) {
-            return Err(EventError::new(
-                EventErrorKind::NotSupported,
-                format!(
-                    "`{name}` is reserved for scheduled events, which are not supported yet; leave it out"
-                ),
-            ));
-        }
         self.bytes = self.bytes.saturating_add(name.len()).saturating_add(value.len());
         if self.bytes > MAX_ATTRIBUTE_BYTES {
             return Err(EventError::attribute(format!(
@@ -61,7 +54,19 @@ impl Attributes {
                         "an event has at most {MAX_EXTENSIONS} extension attributes; move the others into the payload"
                     )));
                 }
-                draft.extensions.insert(name.to_owned(), value);
+                if name == DELIVER_AT {
+                    draft.deliver_at = Some(time(name, value.clone())?);
+                }
+                if name == "cron" {
+                    return Err(recurring::refused(
+                        "an event that recurs is published as plain JSON (application/json), with `cron` beside `type`",
+                    ));
+                }
+                if draft.extensions.insert(name.to_owned(), value).is_some() {
+                    return Err(EventError::attribute(format!(
+                        "`{name}` is there twice; leave one of them out"
+                    )));
+                }
             }
         }
         Ok(())
@@ -162,7 +167,7 @@ fn time(name: &str, value: ExtensionValue) -> Result<Timestamp, EventError> {
 }
 
 /// Reads a time of RFC 3339 §5.6. The `jiff` crate reads further forms, hence the look at the shape.
-fn timestamp(text: &str) -> Option<Timestamp> {
+pub(super) fn timestamp(text: &str) -> Option<Timestamp> {
     let bytes = text.as_bytes();
     let (date_time, rest) = bytes.split_at_checked(19)?;
     let shaped = date_time.iter().enumerate().all(|(at, byte)| match at {

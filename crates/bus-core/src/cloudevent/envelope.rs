@@ -11,9 +11,9 @@ use serde_json::value::RawValue;
 
 use super::{
     Draft, ExtensionValue, MAX_EXTENSIONS,
-    attributes::{Attributes, check_specversion},
+    attributes::{Attributes, DELIVER_AT, check_specversion},
     error::{EventError, EventErrorKind, shortened},
-    payload,
+    payload, recurring,
 };
 
 /// Members of an envelope: the attributes and the payload, with room for a few `null` ones.
@@ -35,9 +35,21 @@ pub(super) fn event(text: &[u8], form: Form) -> Result<Draft, EventError> {
             "an event must be a JSON object, like {\"type\": \"order.created\"}",
         ));
     }
-    let Members(members) = serde_json::from_slice(text)
+    let Members(mut members) = serde_json::from_slice(text)
         .map_err(|error| EventError::malformed(format!("not an event: {error}")))?;
-    read(members, form)
+    match form {
+        Form::Structured => read(members, form),
+        Form::Plain => {
+            let schedule = recurring::take(&mut members)?;
+            let draft = read(members, form)?;
+            if schedule.is_some() && draft.deliver_at.is_some() {
+                let detail =
+                    "an event either recurs or is delivered at one time: leave out `cron` or `deliverAt`";
+                return Err(EventError::attribute(detail).at_member("deliverAt"));
+            }
+            Ok(Draft { schedule: schedule.map(Box::new), ..draft })
+        }
+    }
 }
 
 /// Reads an array of events, of which there may be `most`.
@@ -100,6 +112,7 @@ fn read(members: Vec<(String, &RawValue)>, form: Form) -> Result<Draft, EventErr
                     check_specversion(&text)
                 }
                 ("specversion", _) => check_specversion(""),
+                ("deliverAt", value) if form == Form::Plain => attributes.set(DELIVER_AT, value),
                 (_, value) => attributes.set(name, value),
             })
             .map_err(|error| error.at_member(name))?;

@@ -10,7 +10,8 @@
 //! | plain | `Content-Type: application/json`, or none | `{"type", "data"?, …}`, or an array of such |
 //!
 //! In plain mode only `type` is required: the bus fills in `id`, `source` and `time`, and payloads
-//! that are bytes may also be called `dataBase64`.
+//! that are bytes may also be called `dataBase64`. The extension attribute `deliverat` says when an event
+//! is to be delivered, and may be called `deliverAt` there; an event with `cron` recurs.
 //!
 //! What is checked, beyond the specification: `id` and `type` have at most 255 characters, `source`,
 //! `subject` and `dataschema` at most 1024, all attributes together [`MAX_ATTRIBUTE_BYTES`]; there are
@@ -27,6 +28,7 @@ mod envelope;
 mod error;
 mod media_type;
 mod payload;
+mod recurring;
 mod structured;
 
 use std::{collections::BTreeMap, fmt};
@@ -38,7 +40,10 @@ use serde_json::value::RawValue;
 
 use self::{envelope::Form, media_type::MediaType};
 
-pub use self::error::{EventError, EventErrorKind};
+pub use self::{
+    error::{EventError, EventErrorKind},
+    recurring::ScheduleDraft,
+};
 
 /// The most extension attributes of an event.
 pub const MAX_EXTENSIONS: usize = 32;
@@ -159,6 +164,10 @@ pub struct Draft {
     pub extensions: BTreeMap<String, ExtensionValue>,
     /// As in [`CloudEvent`].
     pub data: Option<Data>,
+    /// When it is to be delivered, if not at once; also among the extensions, as `deliverat`.
+    pub deliver_at: Option<Timestamp>,
+    /// How it recurs; only in plain JSON.
+    pub schedule: Option<Box<ScheduleDraft>>,
 }
 
 impl Draft {
@@ -257,7 +266,7 @@ pub fn parse_http(headers: &HeaderMap, body: &Bytes, limits: &Limits) -> Result<
     match &submission {
         Submission::Single(draft) => check_size(draft, limits)?,
         Submission::Batch(drafts) => drafts.iter().enumerate().try_for_each(|(index, draft)| {
-            check_size(draft, limits).map_err(|error| error.in_batch(index))
+            check_size(draft, limits).and_then(|()| check_alone(draft)).map_err(|error| error.in_batch(index))
         })?,
     }
     Ok(submission)
@@ -296,6 +305,17 @@ fn check_size(draft: &Draft, limits: &Limits) -> Result<(), EventError> {
             "an event has at most {most} bytes in the JSON format, this one has {size}; send a reference to what is large"
         ),
     ))
+}
+
+/// What recurs is answered in another way than an event.
+fn check_alone(draft: &Draft) -> Result<(), EventError> {
+    match draft.schedule {
+        None => Ok(()),
+        Some(_) => {
+            Err(recurring::refused("an event that recurs is published alone, not in a batch")
+                .at_member("cron"))
+        }
+    }
 }
 
 /// The body of batched mode, from events in the JSON format.

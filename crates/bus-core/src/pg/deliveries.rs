@@ -217,17 +217,6 @@ pub async fn returned(pool: &PgPool, back: &[(DeliveryId, i64)]) -> Result<(), S
     Ok(())
 }
 
-/// Seconds until the next parked delivery is due, if any is parked; negative when overdue.
-pub async fn next_due_in(pool: &PgPool) -> Result<Option<f64>, StoreError> {
-    sqlx::query_scalar(
-        "SELECT extract(epoch FROM min(greatest(due_at, lease_until)) - now())::float8
-         FROM delivery_states WHERE state = 'waiting'",
-    )
-    .fetch_one(pool)
-    .await
-    .during("read the next due time")
-}
-
 /// Records a delivery as given up. One that is closed, dead already, or has come further than this turn,
 /// stays as it is; false then.
 pub async fn bury(pool: &PgPool, dead: &DeadLetter) -> Result<bool, StoreError> {

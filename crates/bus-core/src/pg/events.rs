@@ -129,21 +129,25 @@ pub async fn event(
     Ok(row.map(Into::into))
 }
 
-/// Whether the organization has an event of that uid.
+/// Whether the organization has an event of that uid, published or due later.
 pub async fn has_event(
     pool: &PgPool,
     organization: OrganizationId,
     uid: EventUid,
 ) -> Result<bool, StoreError> {
-    sqlx::query_scalar("SELECT EXISTS (SELECT FROM events WHERE uid = $1 AND organization_id = $2)")
-        .bind(uid.0)
-        .bind(organization.0)
-        .fetch_one(pool)
-        .await
-        .during("find an event by its uid")
+    // One statement, since an event moves from one table to the other.
+    sqlx::query_scalar(
+        "SELECT EXISTS (SELECT FROM events WHERE uid = $1 AND organization_id = $2)
+             OR EXISTS (SELECT FROM scheduled_events WHERE uid = $1 AND organization_id = $2)",
+    )
+    .bind(uid.0)
+    .bind(organization.0)
+    .fetch_one(pool)
+    .await
+    .during("find an event by its uid")
 }
 
-/// The uids of the events with that CloudEvents id, newest first, at most `limit`.
+/// The uids of the events with that CloudEvents id, published or due later, newest first, at most `limit`.
 pub async fn event_uids(
     pool: &PgPool,
     organization: OrganizationId,
@@ -152,9 +156,14 @@ pub async fn event_uids(
     limit: u32,
 ) -> Result<Vec<EventUid>, StoreError> {
     let uids: Vec<Uuid> = sqlx::query_scalar(
-        "SELECT uid FROM events
+        "(SELECT uid FROM events
           WHERE organization_id = $1 AND id = $2 AND ($3::text IS NULL OR source = $3)
-          ORDER BY uid DESC LIMIT $4",
+          ORDER BY uid DESC LIMIT $4)
+         UNION ALL
+         (SELECT uid FROM scheduled_events
+          WHERE organization_id = $1 AND id = $2 AND ($3::text IS NULL OR source = $3)
+          ORDER BY uid DESC LIMIT $4)
+         ORDER BY uid DESC LIMIT $4",
     )
     .bind(organization.0)
     .bind(id)

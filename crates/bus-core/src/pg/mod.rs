@@ -3,6 +3,7 @@
 //! "Due" and "expired" are always the database's time (`now()` in SQL), never a process's: the
 //! clocks of two machines may disagree, and only the database's is shared.
 
+mod agenda;
 mod connections;
 mod dead_letters;
 mod deliveries;
@@ -15,11 +16,14 @@ mod partitions;
 mod publish;
 mod receivers;
 mod replays;
+mod scheduled;
+mod schedules;
 mod snapshot;
 mod subscriptions;
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use sqlx::{
     Connection as _, PgConnection, PgPool, Postgres, Transaction,
     pool::PoolConnection,
@@ -27,8 +31,9 @@ use sqlx::{
 };
 
 pub use self::{
-    connections::*, dead_letters::*, deliveries::*, events::*, history::*, keys::*, organizations::*,
-    outbox::*, partitions::*, publish::*, receivers::*, replays::*, snapshot::*, subscriptions::*,
+    agenda::*, connections::*, dead_letters::*, deliveries::*, events::*, history::*, keys::*,
+    organizations::*, outbox::*, partitions::*, publish::*, receivers::*, replays::*, scheduled::*,
+    schedules::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
 
@@ -180,6 +185,24 @@ pub async fn begin(pool: &PgPool) -> Result<Transaction<'static, Postgres>, Stor
 /// A transaction on a connection that the caller keeps; rolled back when dropped without a commit.
 pub async fn begin_on(connection: &mut PgConnection) -> Result<Transaction<'_, Postgres>, StoreError> {
     connection.begin().await.during("begin a transaction")
+}
+
+/// When this transaction began, by the database's clock: what `now()` is in all its statements.
+pub async fn transaction_time(transaction: &mut PgConnection) -> Result<Timestamp, StoreError> {
+    let now: jiff_sqlx::Timestamp =
+        sqlx::query_scalar("SELECT now()").fetch_one(transaction).await.during("read the database's time")?;
+    Ok(now.to_jiff())
+}
+
+/// Should this process be cut off from the database in the middle of the transaction, the database ends it after so
+/// many seconds, and what it has locked is free for others.
+pub(crate) async fn hold_transaction(transaction: &mut PgConnection, seconds: u64) -> Result<(), StoreError> {
+    sqlx::query("SELECT set_config('idle_in_transaction_session_timeout', $1, true)")
+        .bind(format!("{seconds}s"))
+        .execute(transaction)
+        .await
+        .during("bound a transaction")?;
+    Ok(())
 }
 
 /// Commits. After an error it is not known whether the transaction took place.

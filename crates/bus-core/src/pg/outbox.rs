@@ -11,7 +11,8 @@ use uuid::Uuid;
 use super::{During as _, StoreError, publish::seconds};
 use crate::{
     delivery::DeliveryKey,
-    ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, OutboxId, SubscriptionId},
+    fanout::Target,
+    ids::{ConnectionId, EventUid, OrganizationId, OutboxId, SubscriptionId},
     queue::{Body, MAX_INLINE},
 };
 
@@ -181,14 +182,8 @@ fn fan_out(
         .filter_map(|subscription| {
             let (connection, connection_version) = *targets.get(&subscription)?;
             let subscription = SubscriptionId(subscription);
-            Some(DeliveryKey {
-                id: DeliveryId::derive(event, subscription),
-                event,
-                organization,
-                subscription,
-                connection: ConnectionId(connection),
-                connection_version,
-            })
+            let target = Target { subscription, connection: ConnectionId(connection), connection_version };
+            Some(target.delivery(event, organization))
         })
         .collect();
     Ok(StoredFanOut { body: body.map_or(Body::Stored, |body| Body::Inline(body.into())), deliveries })

@@ -33,6 +33,8 @@ pub struct NewEvent {
     pub time: Timestamp,
     /// The connection that the publishing key is bound to.
     pub publisher: Option<ConnectionId>,
+    /// When it arrived, if that was before the transaction that stores it.
+    pub received_at: Option<Timestamp>,
     /// The subscriptions that matched.
     pub subscriptions: Vec<SubscriptionId>,
     /// The CloudEvent in the JSON event format.
@@ -212,16 +214,21 @@ pub async fn insert_events(connection: &mut PgConnection, events: &[NewEvent]) -
     let times: Vec<jiff_sqlx::Timestamp> = events.iter().map(|event| event.time.into()).collect();
     let subjects: Vec<Option<&str>> = events.iter().map(|event| event.subject.as_deref()).collect();
     let publishers: Vec<Option<Uuid>> = events.iter().map(|event| event.publisher.map(|id| id.0)).collect();
+    let received: Vec<Option<jiff_sqlx::Timestamp>> =
+        events.iter().map(|event| event.received_at.map(Into::into)).collect();
     let bodies: Vec<&[u8]> = events.iter().map(|event| &event.body[..]).collect();
     // UNNEST flattens arrays of arrays, so each event's matches travel as an array literal.
     let subscriptions: Vec<String> =
         events.iter().map(|event| array_literal(event.subscriptions.iter().map(|id| id.0))).collect();
     sqlx::query(
-        "INSERT INTO events (uid, organization_id, id, source, type, subject, time, publisher, subscriptions, body)
-         SELECT uid, organization_id, id, source, type, subject, time, publisher, subscriptions::uuid[], body
+        "INSERT INTO events (uid, organization_id, id, source, type, subject, time, publisher, subscriptions, body,
+                             received_at)
+         SELECT uid, organization_id, id, source, type, subject, time, publisher, subscriptions::uuid[], body,
+                coalesce(received_at, now())
          FROM UNNEST($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[],
-                     $8::uuid[], $9::text[], $10::bytea[])
-              AS e (uid, organization_id, id, source, type, subject, time, publisher, subscriptions, body)",
+                     $8::uuid[], $9::text[], $10::bytea[], $11::timestamptz[])
+              AS e (uid, organization_id, id, source, type, subject, time, publisher, subscriptions, body,
+                    received_at)",
     )
     .bind(each(|event| event.uid.0))
     .bind(each(|event| event.organization.0))
@@ -233,6 +240,7 @@ pub async fn insert_events(connection: &mut PgConnection, events: &[NewEvent]) -
     .bind(publishers)
     .bind(subscriptions)
     .bind(bodies)
+    .bind(received)
     .execute(connection)
     .await
     .during("store events")?;
@@ -345,24 +353,28 @@ pub async fn read_identities(
 ) -> Result<HashMap<EventUid, Identity>, StoreError> {
     const OPERATION: &str = "read the first events of repeated publishes";
     let uids: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
-    sqlx::query("SELECT uid, id, source, type, time FROM events WHERE uid = ANY($1)")
-        .bind(uids)
-        .fetch_all(connection)
-        .await
-        .during(OPERATION)?
-        .iter()
-        .map(|row| {
-            let uid = EventUid(row.try_get("uid")?);
-            let time: jiff_sqlx::Timestamp = row.try_get("time")?;
-            let identity = Identity {
-                uid,
-                id: row.try_get("id")?,
-                source: row.try_get("source")?,
-                r#type: row.try_get("type")?,
-                time: time.to_jiff(),
-            };
-            Ok((uid, identity))
-        })
-        .collect::<Result<_, sqlx::Error>>()
-        .during(OPERATION)
+    sqlx::query(
+        "SELECT uid, id, source, type, time FROM events WHERE uid = ANY($1)
+         UNION ALL
+         SELECT uid, id, source, type, time FROM scheduled_events WHERE uid = ANY($1)",
+    )
+    .bind(uids)
+    .fetch_all(connection)
+    .await
+    .during(OPERATION)?
+    .iter()
+    .map(|row| {
+        let uid = EventUid(row.try_get("uid")?);
+        let time: jiff_sqlx::Timestamp = row.try_get("time")?;
+        let identity = Identity {
+            uid,
+            id: row.try_get("id")?,
+            source: row.try_get("source")?,
+            r#type: row.try_get("type")?,
+            time: time.to_jiff(),
+        };
+        Ok((uid, identity))
+    })
+    .collect::<Result<_, sqlx::Error>>()
+    .during(OPERATION)
 }

@@ -1,5 +1,7 @@
 //! An organization's subscriptions, read for matching.
 
+use std::collections::HashMap;
+
 use sqlx::{PgConnection, Row as _};
 use uuid::Uuid;
 
@@ -66,6 +68,20 @@ fn candidate(row: &sqlx::postgres::PgRow) -> Result<Candidate, StoreError> {
             .transpose()
             .map_err(|refused| inconsistent(format!("filter: {refused}")))?,
     })
+}
+
+/// The versions of several organizations; see [`read_version`]. One that does not exist is missing.
+pub async fn read_versions_of(
+    connection: &mut PgConnection,
+    organizations: &[OrganizationId],
+) -> Result<HashMap<OrganizationId, i64>, StoreError> {
+    let versions: Vec<(Uuid, i64)> =
+        sqlx::query_as("SELECT id, version FROM organizations WHERE id = ANY($1)")
+            .bind(organizations.iter().map(|id| id.0).collect::<Vec<_>>())
+            .fetch_all(connection)
+            .await
+            .during("read organizations' versions")?;
+    Ok(versions.into_iter().map(|(id, version)| (OrganizationId(id), version)).collect())
 }
 
 /// The organization's version, which every change of its subscriptions increments; 0 if there is no such

@@ -195,14 +195,23 @@ pub(super) async fn publish(
         Submission::Batch(drafts) => (drafts, true),
     };
     let explicit_id = drafts.iter().map(|draft| draft.id.is_some()).collect();
-    let uids: Vec<EventUid> = drafts.iter().map(|_| EventUid(api.ids.next())).collect();
     let now = microseconds(api.clock.now());
+    let deliver_at: Vec<Option<Timestamp>> = drafts.iter().map(|draft| draft.deliver_at).collect();
+    // Of an event that is due later, the uid is of that time: see `EventUid::received_at`.
+    let uids: Vec<EventUid> = deliver_at
+        .iter()
+        .map(|at| match at.filter(|at| *at > now) {
+            Some(at) => EventUid::at(at, api.ids.next()),
+            None => EventUid(api.ids.next()),
+        })
+        .collect();
     let events = drafts
         .into_iter()
         .zip(&uids)
         .map(|(draft, uid)| complete(draft, *uid, &access.principal, now))
         .collect();
-    let publish = Publish { principal: access.principal, at: now, events, explicit_id, uids, idempotency };
+    let publish =
+        Publish { principal: access.principal, at: now, events, explicit_id, deliver_at, uids, idempotency };
     let accepted = match api.ingest.publish(publish).await {
         Ok(accepted) => accepted,
         Err(refused) => return Err(not_published(&api, access, refused).await),

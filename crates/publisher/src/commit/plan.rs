@@ -6,15 +6,14 @@ use std::{
 };
 
 use bus_core::{
+    fanout::{FanOutEvent, Target},
     ids::{EventUid, KeyId, OrganizationId},
     matcher::{Snapshot, Subject},
-    pg::{Claim, Identity, NewEvent, Taken, UniqueKey},
+    pg::{Claim, Identity, NewEvent, ScheduledEvent, Taken, UniqueKey},
 };
+use jiff::Timestamp;
 
-use crate::{
-    fanout::{FanOutEvent, Target},
-    ingest::{Accepted, Job, PublishError},
-};
+use crate::ingest::{Accepted, Job, PublishError};
 
 /// What is to become of one request's events.
 enum Fate {
@@ -24,6 +23,17 @@ enum Fate {
     Repeated(Vec<EventUid>),
     /// For each event: itself if new, or the uid of the one that it repeats.
     Events(Vec<Option<EventUid>>),
+}
+
+/// What a transaction stores.
+#[derive(Default)]
+pub(super) struct NewEvents {
+    /// Events that are published now, each with its matches.
+    pub(super) published: Vec<NewEvent>,
+    /// Where those go.
+    pub(super) fan_out: Vec<FanOutEvent>,
+    /// Events that are due later, and matched then.
+    pub(super) scheduled: Vec<ScheduledEvent>,
 }
 
 /// The fate of every event of a group, settled step by step within the transaction.
@@ -124,14 +134,15 @@ impl<'a> Plan<'a> {
         uids
     }
 
-    /// The events to store, each with its matches, and those of them that have any; or the place of a request
-    /// in the group that has more than `max_matches`.
+    /// The events to store; or the place of a request in the group that has more than `max_matches`. What is due after
+    /// `now` is left for then (invariant I5).
     pub(super) fn new_events(
         &self,
         snapshots: &HashMap<KeyId, (OrganizationId, Arc<Snapshot>)>,
+        now: Timestamp,
         max_matches: usize,
-    ) -> Result<(Vec<NewEvent>, Vec<FanOutEvent>), usize> {
-        let (mut stored, mut fan_out) = (Vec::new(), Vec::new());
+    ) -> Result<NewEvents, usize> {
+        let mut new = NewEvents::default();
         for (place, (job, fate)) in self.group.iter().zip(&self.fates).enumerate() {
             let mut left = max_matches;
             let (Fate::Events(fates), Some((organization, snapshot))) =
@@ -143,14 +154,10 @@ impl<'a> Plan<'a> {
                 if fate.is_some() {
                     continue;
                 }
-                let (uid, body) = (job.publish.uids[index], &job.bodies[index]);
                 let event = &job.publish.events[index];
                 let publisher = job.publish.principal.connection;
-                let subject = Subject { event_type: &event.r#type, publisher, payload: event.json_payload() };
-                let targets: Vec<Target> = snapshot.matching(subject).into_iter().map(Target::from).collect();
-                left = left.checked_sub(targets.len()).ok_or(place)?;
-                stored.push(NewEvent {
-                    uid,
+                let mut stored = NewEvent {
+                    uid: job.publish.uids[index],
                     organization: *organization,
                     id: event.id.clone(),
                     source: event.source.clone(),
@@ -158,20 +165,27 @@ impl<'a> Plan<'a> {
                     subject: event.subject.clone(),
                     time: event.time.unwrap_or(job.publish.at),
                     publisher,
-                    subscriptions: targets.iter().map(|target| target.subscription).collect(),
-                    body: body.clone(),
-                });
-                if !targets.is_empty() {
-                    fan_out.push(FanOutEvent {
-                        uid,
-                        organization: *organization,
-                        body: body.clone(),
-                        targets,
+                    received_at: None,
+                    subscriptions: Vec::new(),
+                    body: job.bodies[index].clone(),
+                };
+                if let Some(due_at) = job.publish.deliver_at[index].filter(|due_at| *due_at > now) {
+                    new.scheduled.push(ScheduledEvent {
+                        event: stored,
+                        due_at,
+                        schedule: None,
+                        cancelled_at: None,
                     });
+                    continue;
                 }
+                let subject = Subject { event_type: &event.r#type, publisher, payload: event.json_payload() };
+                let targets: Vec<Target> = snapshot.matching(subject).into_iter().map(Target::from).collect();
+                left = left.checked_sub(targets.len()).ok_or(place)?;
+                new.fan_out.push(FanOutEvent::of(&mut stored, targets));
+                new.published.push(stored);
             }
         }
-        Ok((stored, fan_out))
+        Ok(new)
     }
 
     pub(super) fn answers(

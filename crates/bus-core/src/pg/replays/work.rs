@@ -6,7 +6,7 @@ use uuid::Uuid;
 use super::{Cursor, Replay, ReplayRow, columns};
 use crate::{
     ids::ReplayId,
-    pg::{During as _, StoreError, dead_letters::read_in_order},
+    pg::{During as _, StoreError, dead_letters::read_in_order, hold_transaction},
 };
 
 /// What [`claim_replay`] found.
@@ -26,11 +26,7 @@ pub enum ClaimReplay {
 /// from the database, the database ends the transaction after `hold_s` seconds and the job is free again.
 pub async fn claim_replay(connection: &mut PgConnection, hold_s: u64) -> Result<ClaimReplay, StoreError> {
     const OPERATION: &str = "claim a replay";
-    sqlx::query("SELECT set_config('idle_in_transaction_session_timeout', $1, true)")
-        .bind(format!("{hold_s}s"))
-        .execute(&mut *connection)
-        .await
-        .during(OPERATION)?;
+    hold_transaction(connection, hold_s).await?;
     read_in_order(connection).await?;
     let next: Option<(Uuid, f64)> = sqlx::query_as(
         "SELECT id, extract(epoch FROM next_at - now())::float8 FROM replays

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use bus_core::{
+use moka::sync::Cache;
+use sqlx::{PgConnection, PgPool};
+
+use crate::{
     ids::OrganizationId,
     matcher::Snapshot,
     pg::{self, StoreError},
 };
-use moka::sync::Cache;
-use sqlx::{PgConnection, PgPool};
 
 /// The most memory that is kept, bytes, all organizations together. A subscription takes about 500 bytes, and
 /// one whose filter has regular expressions up to 1 MiB.
@@ -59,7 +60,7 @@ impl Snapshots {
 
     /// How many subscriptions are to be looked at for events of these types: an estimate from what is kept,
     /// for planning. An organization of which nothing is kept may have as many as there can be.
-    pub(crate) fn candidates<'t>(
+    pub fn candidates<'t>(
         &self,
         organization: OrganizationId,
         types: impl Iterator<Item = &'t str>,
