@@ -88,14 +88,14 @@ impl FanOutEvent {
 pub struct FanOutStore {
     /// The lanes, if the queue is a table of the same database: the deliveries then go in with the events,
     /// and there is nothing left to fan out.
-    queue_in_database: Option<u16>,
+    pub queue_in_database: Option<u16>,
     /// A fan-out that is not finished after this time is taken over by any publisher's relay, seconds.
-    lease_s: u64,
+    pub lease_s: u64,
 }
 
 impl FanOutStore {
     /// As the configured backend needs it.
-    pub fn new(common: &Common, lease_s: u64) -> Self {
+    pub fn of(common: &Common, lease_s: u64) -> Self {
         let queue_in_database = (common.backend == Backend::Postgres).then_some(common.lanes);
         Self { queue_in_database, lease_s }
     }

@@ -81,6 +81,8 @@ impl Due {
                 }
                 Err(failed) => {
                     warn!(error = %Chain(&failed), "What is due waits");
+                    // Nothing is known; the loops are alive all the same.
+                    self.read.send_replace(Read { at: Instant::now(), agenda: Agenda::default() });
                     AGAIN
                 }
             };
@@ -157,5 +159,85 @@ impl Loop {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use bus_core::launcher::Health;
+
+    use super::*;
+
+    /// A scheduler with one loop, and how often it asked and looked.
+    struct Scheduler {
+        due: Arc<Due>,
+        asked: Arc<AtomicU32>,
+        looked: Arc<AtomicU32>,
+    }
+
+    impl Scheduler {
+        /// Something is due after this time, once; the first look takes it.
+        fn start(next: Option<Duration>) -> Self {
+            let this = Self { due: Due::new(), asked: Arc::default(), looked: Arc::default() };
+            let health = Health::default();
+            let stop = CancellationToken::new();
+            let begun = Instant::now();
+            let one = Loop {
+                what: "test",
+                due: Arc::clone(&this.due),
+                next: |agenda| agenda.ticks,
+                beat: health.heartbeat("test", IDLE),
+                stop: stop.clone(),
+            };
+            let looked = Arc::clone(&this.looked);
+            tokio::spawn(one.run(async move || {
+                looked.fetch_add(1, Ordering::SeqCst);
+                Ok::<_, StoreError>(IDLE)
+            }));
+            let (asked, looked) = (Arc::clone(&this.asked), Arc::clone(&this.looked));
+            let agenda = async move || {
+                asked.fetch_add(1, Ordering::SeqCst);
+                let left = next.filter(|_| looked.load(Ordering::SeqCst) == 0);
+                Ok(Agenda { ticks: left.map(|at| at.saturating_sub(begun.elapsed())), ..Agenda::default() })
+            };
+            tokio::spawn(Arc::clone(&this.due).follow_with(agenda, health.heartbeat("agenda", IDLE), stop));
+            this
+        }
+
+        fn counts(&self) -> (u32, u32) {
+            (self.asked.load(Ordering::SeqCst), self.looked.load(Ordering::SeqCst))
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_scheduler_asks_once_in_the_safety_interval_and_does_nothing_else() {
+        let scheduler = Scheduler::start(None);
+        sleep(IDLE * 10 + SHORTEST).await;
+        assert_eq!(scheduler.counts(), (11, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_looks_when_something_is_due_and_not_before() {
+        let scheduler = Scheduler::start(Some(Duration::from_millis(7_300)));
+        sleep(Duration::from_millis(7_299)).await;
+        assert_eq!(scheduler.counts(), (2, 0));
+        sleep(Duration::from_millis(2)).await;
+        assert_eq!(scheduler.counts().1, 1);
+        sleep(IDLE).await;
+        assert_eq!(scheduler.counts().1, 1, "what it was told before is old");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn hints_wake_it_but_do_not_make_it_spin() {
+        let scheduler = Scheduler::start(None);
+        sleep(Duration::from_secs(1)).await;
+        for _ in 0..1_000 {
+            scheduler.due.ask();
+        }
+        sleep(Duration::from_secs(1)).await;
+        // The first hint wakes it; those that came since the question are one reason for another one.
+        assert_eq!(scheduler.counts().0, 3);
     }
 }

@@ -96,7 +96,7 @@ pub async fn run(ctx: Ctx<SchedulerConfig>) -> Result<(), BoxError> {
         pool: pool.clone(),
         snapshots: Snapshots::new(pool.clone()),
         queue: Arc::clone(&transport.queue),
-        store: FanOutStore::new(&ctx.common, OUTBOX_LEASE_S),
+        store: FanOutStore::of(&ctx.common, OUTBOX_LEASE_S),
         hints: Arc::clone(&transport.hints),
         ids: Arc::clone(&ctx.ids),
         clock: Arc::clone(&ctx.clock),

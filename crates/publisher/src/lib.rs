@@ -61,7 +61,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         clock: ctx.clock.clone(),
         config: publish.clone(),
         hints: transport.hints.clone(),
-        store: FanOutStore::new(&ctx.common, publish.outbox_lease_s),
+        store: FanOutStore::of(&ctx.common, publish.outbox_lease_s),
     };
     commit::start(&ctx, committer, jobs);
     let beat = ctx.health.heartbeat("relay", relay::INTERVAL * 60);

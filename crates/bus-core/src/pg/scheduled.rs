@@ -137,8 +137,8 @@ pub async fn put_off_event(pool: &PgPool, event: EventUid, seconds: u32) -> Resu
 pub async fn remove_scheduled(connection: &mut PgConnection, events: &[EventUid]) -> Result<(), StoreError> {
     sqlx::query(
         "WITH moved AS (DELETE FROM scheduled_events WHERE uid = ANY($1) RETURNING *)
-         INSERT INTO occurrences (uid, schedule_id, organization_id, state, manual, tick, last_tick, ticks)
-         SELECT uid, schedule_id, organization_id, 'fired', true, due_at, due_at, 1
+         INSERT INTO occurrences (uid, schedule_id, organization_id, state, manual, tick, last_tick, ticks, at)
+         SELECT uid, schedule_id, organization_id, 'fired', true, due_at, due_at, 1, now()
          FROM moved WHERE schedule_id IS NOT NULL",
     )
     .bind(events.iter().map(|uid| uid.0).collect::<Vec<_>>())

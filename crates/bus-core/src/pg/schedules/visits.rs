@@ -209,9 +209,9 @@ impl Rows {
             return Ok(());
         }
         sqlx::query(
-            "INSERT INTO occurrences (uid, schedule_id, organization_id, state, reason, tick, last_tick, ticks)
+            "INSERT INTO occurrences (uid, schedule_id, organization_id, state, reason, tick, last_tick, ticks, at)
              SELECT uid, schedule, organization, CASE WHEN reason IS NULL THEN 'fired' ELSE 'skipped' END, reason,
-                    first, last, ticks
+                    first, last, ticks, now()
              FROM UNNEST($1::uuid[], $2::uuid[], $3::uuid[], $4::text[], $5::timestamptz[], $6::timestamptz[],
                          $7::int8[])
                   AS o (uid, schedule, organization, reason, first, last, ticks)",
