@@ -12,8 +12,8 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 
 use crate::world::{MISSED_AFTER, Stage, World};
 
-/// Steps, of which every tenth or so is a death.
-const STEPS: usize = 1_500;
+/// Steps of the world: time goes on, something changes, or a scheduler comes one step further or dies.
+const STEPS: usize = 2_000;
 
 const EXPRESSIONS: [&str; 12] = [
     "*/7 * * * * *",
@@ -126,10 +126,10 @@ async fn i5_every_tick_is_fired_once_or_skipped_with_a_reason_whoever_dies_when(
                     schedules.get_mut(id).unwrap().cancelled.get_or_insert(now);
                 }
             }
-            chance => {
+            _ => {
                 let which = step % 3;
                 let stage = std::mem::take(&mut stages[which]);
-                if chance < 28 {
+                if !matches!(stage, Stage::Idle) && random.random_bool(0.15) {
                     *deaths.entry(stage.name()).or_default() += 1;
                 } else {
                     stages[which] = stage.step(&schedulers[which], random.random_bool(0.7)).await;
