@@ -20,6 +20,7 @@ pub mod pg;
 pub mod queue;
 pub mod receipt;
 pub mod retry;
+pub mod schedule;
 pub mod signature;
 pub mod sink;
 pub mod subscription;
