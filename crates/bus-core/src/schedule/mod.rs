@@ -9,7 +9,7 @@ mod visit;
 
 pub(crate) use self::visit::same_day;
 pub use self::{
-    recurrence::{Recurrence, RecurrenceError, tz_version},
+    recurrence::{Field, ItemError, MAX_CRON_BYTES, Recurrence, RecurrenceError, tz_version},
     rules::{Missed, Overlap, Rules},
     visit::{Bounds, Circumstances, Decision, Position, SkipReason, Visit},
 };

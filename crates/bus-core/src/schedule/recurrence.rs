@@ -26,11 +26,24 @@ use jiff::{
 
 pub use syntax::{Field, ItemError, MAX_CRON_BYTES, RecurrenceError};
 
-/// The ticks that [`Recurrence::shortest_interval`] looks at.
+/// The most ticks that [`Recurrence::shortest_interval`] looks at.
 const TICKS_COMPARED: usize = 128;
+
+/// How far [`Recurrence::shortest_interval`] looks ahead: four years.
+const COMPARED_FOR: SignedDuration = SignedDuration::from_hours(4 * 366 * 24);
 
 /// The most characters of an unknown time zone that its error repeats.
 const MAX_ZONE_CHARS: usize = 64;
+
+/// The last year that `croner` searches.
+#[allow(clippy::cast_possible_truncation)] // 5000
+const LAST_YEAR: i16 = YEAR_UPPER_LIMIT as i16;
+
+/// All ticks are later than this: nobody asks for older ones.
+const BEGIN: Timestamp = Timestamp::UNIX_EPOCH;
+
+/// All ticks are earlier than this: the beginning of [`LAST_YEAR`].
+const END: Timestamp = Timestamp::constant(95_617_584_000, 0);
 
 const SECOND: SignedDuration = SignedDuration::from_secs(1);
 
@@ -84,7 +97,7 @@ impl Recurrence {
         let zone = TimeZoneDatabase::bundled().get(timezone).map_err(|_| unknown())?;
         let zone_name = zone.iana_name().ok_or_else(unknown)?.to_owned();
 
-        // The calendar repeats after 400 years, and the search ends with the limit.
+        // The calendar repeats after 400 years, and the search ends with the last one.
         let cycle = DateTime::from(date(LAST_YEAR - 400, 1, 1));
         if calendar.find_next_occurrence(&cycle, true).is_err() {
             return Err(RecurrenceError::NeverOccurs);
@@ -104,10 +117,10 @@ impl Recurrence {
         &self.zone_name
     }
 
-    /// The first tick later than `after`; `None` if that is later than the year 5000.
+    /// The first tick later than `after`. There are ticks from 1970 to 4999.
     #[must_use]
     pub fn next_after(&self, after: Timestamp) -> Option<Timestamp> {
-        let mut second = floor(after)?.checked_add(SECOND).ok()?;
+        let mut second = whole(after.clamp(BEGIN, END))?.checked_add(SECOND).ok()?;
         loop {
             let stretch = self.stretch(second)?;
             let from = match stretch.start {
@@ -119,25 +132,32 @@ impl Recurrence {
             let tick = stretch.offset.to_timestamp(local).ok()?.max(second);
             match stretch.end {
                 Some(end) if tick >= end => second = end,
-                _ => return Some(tick),
+                _ => return (tick < END).then_some(tick),
             }
         }
     }
 
-    /// The last tick earlier than `before`; `None` if that is earlier than the year 1.
+    /// The last tick earlier than `before`, in the same years.
     #[must_use]
     pub fn last_before(&self, before: Timestamp) -> Option<Timestamp> {
-        let floor = floor(before)?;
-        let mut second = if floor == before { floor.checked_sub(SECOND).ok()? } else { floor };
+        let before = before.clamp(BEGIN, END);
+        let mut second = whole(before)?;
+        if second == before {
+            second = second.checked_sub(SECOND).ok()?;
+        }
         loop {
             let stretch = self.stretch(second)?;
             let from = stretch.offset.to_datetime(second);
             let local = self.calendar.find_previous_occurrence(&from, true).ok()?;
-            match stretch.start {
-                Some(start) if local < stretch.opens => second = start.checked_sub(SECOND).ok()?,
-                Some(start) => return Some(stretch.offset.to_timestamp(local).ok()?.max(start)),
-                None => return stretch.offset.to_timestamp(local).ok(),
+            if let Some(start) = stretch.start
+                && local < stretch.opens
+            {
+                second = start.checked_sub(SECOND).ok()?;
+                continue;
             }
+            let tick = stretch.offset.to_timestamp(local).ok()?;
+            let tick = stretch.start.map_or(tick, |start| tick.max(start));
+            return (tick > BEGIN).then_some(tick);
         }
     }
 
@@ -146,10 +166,11 @@ impl Recurrence {
         iter::successors(self.next_after(after), |tick| self.next_after(*tick))
     }
 
-    /// The shortest time between two of the next 128 ticks; `None` if there are fewer than two.
+    /// The shortest time between two of the next 128 ticks; `None` if fewer than two are in the next four years.
     #[must_use]
     pub fn shortest_interval(&self, after: Timestamp) -> Option<Duration> {
-        let ticks: Vec<Timestamp> = self.ticks_after(after).take(TICKS_COMPARED).collect();
+        let near = |tick: &Timestamp| tick.duration_since(after) < COMPARED_FOR;
+        let ticks: Vec<Timestamp> = self.ticks_after(after).take(TICKS_COMPARED).take_while(near).collect();
         ticks.windows(2).map(|pair| pair[1].duration_since(pair[0]).unsigned_abs()).min()
     }
 
@@ -169,15 +190,9 @@ impl Recurrence {
     }
 }
 
-/// The last year that `croner` searches.
-#[allow(clippy::cast_possible_truncation)] // 5000
-const LAST_YEAR: i16 = YEAR_UPPER_LIMIT as i16;
-
-/// The beginning of the second that `time` is in.
-fn floor(time: Timestamp) -> Option<Timestamp> {
-    // Both parts of a time before 1970 are negative.
-    let before = i64::from(time.subsec_nanosecond() < 0);
-    Timestamp::from_second(time.as_second() - before).ok()
+/// The second that a time since 1970 is in.
+fn whole(time: Timestamp) -> Option<Timestamp> {
+    Timestamp::from_second(time.as_second()).ok()
 }
 
 impl PartialEq for Recurrence {

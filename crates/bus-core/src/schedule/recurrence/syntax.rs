@@ -54,7 +54,7 @@ pub enum RecurrenceError {
         /// What is wrong with it.
         reason: ItemError,
     },
-    /// The expression was refused for another reason.
+    /// `croner` has a reason of its own. None is known.
     #[error("the cron expression is refused: {0}")]
     Refused(String),
     /// No day has all that the expression asks for, as in `0 0 31 2 *`.
@@ -75,9 +75,12 @@ pub enum ItemError {
     /// Nothing is between two commas.
     #[error("an item of the list is missing")]
     Empty,
-    /// Not a value of the field.
-    #[error("a value is a number from {0} to {1}, or a name if it is a month or a day of the week")]
-    Value(u8, u8),
+    /// Not a value of a field without names.
+    #[error("a value is a number from {0} to {1}")]
+    Number(u8, u8),
+    /// Not a value of a field with names.
+    #[error("a value is a number from {0} to {1}, or the first three letters of an English name")]
+    NumberOrName(u8, u8),
     /// A range goes from a higher value to a lower one.
     #[error("a range goes from a lower value to a higher one")]
     Reversed,
@@ -100,13 +103,18 @@ pub enum ItemError {
 
 /// A field of a cron expression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)] // the names say it
 pub enum Field {
+    /// The first of six fields.
     Second,
+    /// The first of five fields.
     Minute,
+    /// From 0 to 23.
     Hour,
+    /// A number, or what depends on the month: `L`, `LW`, `15W`.
     DayOfMonth,
+    /// A number or a name.
     Month,
+    /// From Sunday to Sunday, 0 to 7, or a name; or one of the month's: `5L`, `FRI#2`.
     DayOfWeek,
 }
 
@@ -207,7 +215,8 @@ impl Field {
         };
         let named = (lowest..).zip(names).find(|(_, name)| **name == text).map(|(value, _)| value);
         let value = named.or_else(|| number(text).filter(|value| (lowest..=highest).contains(value)));
-        value.ok_or(ItemError::Value(lowest, highest))
+        let expected = if names.is_empty() { ItemError::Number } else { ItemError::NumberOrName };
+        value.ok_or(expected(lowest, highest))
     }
 
     const fn bounds(self) -> (u8, u8) {
