@@ -1,5 +1,6 @@
 //! What `cargo xtask` does; a library, so that a test can run the demo too.
 
+mod bench;
 mod cargo;
 pub mod demo;
 mod dev;
@@ -47,6 +48,8 @@ pub enum Command {
     Drain(drain::Drain),
     /// Show the bus at work: two organizations, ten subscriptions, a few hundred events, and a crash
     Demo(demo::Demo),
+    /// Measure how fast and how exact the bus is
+    Bench(bench::Bench),
     /// Run the whole gate: format, lints, licences, tests, documentation, demo
     Test(test::Test),
 }
@@ -63,6 +66,7 @@ impl Command {
             Self::Migrate(migrate) => migrate.run().await,
             Self::Drain(drain) => drain.run().await,
             Self::Demo(demo) => demo.run().await,
+            Self::Bench(bench) => bench.run().await,
             Self::Test(test) => test.run().await,
         }
     }
