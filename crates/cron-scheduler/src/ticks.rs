@@ -64,6 +64,8 @@ pub struct ClaimedSchedules<'f> {
     firing: &'f Firing,
     transaction: Transaction<'static, Postgres>,
     schedules: Vec<Schedule>,
+    /// Those that cannot be read.
+    unfit: Vec<ScheduleId>,
 }
 
 impl<'f> ClaimedSchedules<'f> {
@@ -71,16 +73,18 @@ impl<'f> ClaimedSchedules<'f> {
     pub async fn claim(firing: &'f Firing, only: Option<ScheduleId>) -> Result<Option<Self>, StoreError> {
         let mut transaction = pg::begin(&firing.pool).await?;
         let (schedules, unfit) = pg::claim_schedules(&mut transaction, only, SCHEDULES, HOLD_S).await?;
-        for failed in unfit {
-            error!(error = %Chain(&failed), "A schedule cannot be read");
+        for (id, failed) in &unfit {
+            error!(schedule.id = %id, error = %Chain(failed), "A schedule cannot be read");
         }
-        Ok((!schedules.is_empty()).then_some(Self { firing, transaction, schedules }))
+        let unfit: Vec<ScheduleId> = unfit.into_iter().map(|(id, _)| id).collect();
+        let any = !schedules.is_empty() || !unfit.is_empty();
+        Ok(any.then_some(Self { firing, transaction, schedules, unfit }))
     }
 
     /// Decides on their ticks, and stores what becomes of them and the events of those that are fired. Schedules that do
     /// not fit are left for the next transaction.
     pub async fn store(self) -> Result<Stored<'f>, StoreError> {
-        let Self { firing, mut transaction, schedules } = self;
+        let Self { firing, mut transaction, schedules, mut unfit } = self;
         let now = pg::transaction_time(&mut transaction).await?;
         let organizations = schedules.iter().map(|schedule| schedule.organization);
         let snapshots = firing.snapshots(&mut transaction, organizations).await?;
@@ -91,8 +95,7 @@ impl<'f> ClaimedSchedules<'f> {
         } else {
             pg::with_open_deliveries(&mut transaction, &before).await?
         };
-        let (mut budget, mut visits, mut matched, mut unfit) =
-            (Budget::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut budget, mut visits, mut matched) = (Budget::new(), Vec::new(), Vec::new());
         let deciding = || {
             for schedule in schedules {
                 if budget.events == 0 {

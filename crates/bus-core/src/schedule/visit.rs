@@ -203,3 +203,100 @@ pub(crate) fn same_day(one: Timestamp, other: Timestamp) -> bool {
     let day = |at: Timestamp| at.to_zoned(TimeZone::UTC).date();
     day(one) == day(other)
 }
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    const BOUNDS: Bounds =
+        Bounds { missed_after: Duration::from_secs(60), max_fired: 100, max_looked: 10_000 };
+
+    fn at(time: &str) -> Timestamp {
+        format!("2026-05-01T{time}Z").parse().expect("a time")
+    }
+
+    /// A visit to a schedule that ticks every ten minutes and has come to 00:10.
+    fn visit(rules: &Rules, now: &str, catch_up_until: Option<&str>, bounds: Bounds) -> Visit {
+        let recurrence = Recurrence::parse("*/10 * * * *", "UTC").expect("a schedule");
+        let position = Position { next_tick: at("00:10:00"), catch_up_until: catch_up_until.map(at) };
+        let found = Circumstances { now: at(now), closed: None, overlapping: false };
+        rules.visit(&recurrence, ScheduleId(Uuid::nil()), position, found, bounds)
+    }
+
+    fn skipped(first: &str, last: &str, ticks: u64, reason: SkipReason) -> Decision {
+        Decision::Skip { first: at(first), last: at(last), ticks, reason }
+    }
+
+    fn next(next_tick: &str, catch_up_until: Option<&str>) -> Option<Position> {
+        Some(Position { next_tick: at(next_tick), catch_up_until: catch_up_until.map(at) })
+    }
+
+    #[test]
+    fn nothing_is_decided_before_it_is_due() {
+        let early = visit(&Rules::DEFAULT, "00:09:59.999999", None, BOUNDS);
+        assert_eq!(early, Visit { decisions: vec![], position: next("00:10:00", None) });
+        let due = visit(&Rules::DEFAULT, "00:10:00", None, BOUNDS);
+        assert_eq!(due.decisions, [Decision::Fire(at("00:10:00"))]);
+        assert_eq!(due.position, next("00:20:00", None));
+    }
+
+    #[test]
+    fn a_tick_is_missed_when_it_is_later_than_is_let_pass() {
+        let skip = Rules { missed: Missed::Skip, ..Rules::DEFAULT };
+        assert_eq!(visit(&skip, "00:11:00", None, BOUNDS).decisions, [Decision::Fire(at("00:10:00"))]);
+        let missed = skipped("00:10:00", "00:10:00", 1, SkipReason::Missed);
+        assert_eq!(visit(&skip, "00:11:00.000001", None, BOUNDS).decisions, [missed]);
+        // Jitter is no lateness.
+        let jittery = Rules { jitter_ms: 30_000, ..skip };
+        assert_eq!(visit(&jittery, "00:11:30", None, BOUNDS).decisions, [Decision::Fire(at("00:10:00"))]);
+    }
+
+    #[test]
+    fn what_a_policy_fires_stays_due_when_a_visit_cannot_fire_all_of_it() {
+        let rules = Rules { missed: Missed::CatchUp, catch_up_limit: 3, ..Rules::DEFAULT };
+        let two = Bounds { max_fired: 2, ..BOUNDS };
+        let first = visit(&rules, "01:05:00", None, two);
+        assert_eq!(
+            first.decisions,
+            [
+                skipped("00:10:00", "00:30:00", 3, SkipReason::Missed),
+                Decision::Fire(at("00:40:00")),
+                Decision::Fire(at("00:50:00")),
+            ]
+        );
+        assert_eq!(first.position, next("01:00:00", Some("01:04:00")));
+        // Hours later, what was promised then is fired, and the rest is a new decision.
+        let later = visit(&rules, "05:05:00", Some("00:25:00"), BOUNDS).decisions;
+        assert_eq!(later[..2], [Decision::Fire(at("00:10:00")), Decision::Fire(at("00:20:00"))]);
+        assert_eq!(later[2], skipped("00:30:00", "04:30:00", 25, SkipReason::Missed));
+        assert_eq!(later.len(), 2 + 1 + 3);
+    }
+
+    #[test]
+    fn a_visit_that_only_skipped_has_promised_nothing() {
+        let bounds = Bounds { max_looked: 2, ..BOUNDS };
+        let visit = visit(&Rules::DEFAULT, "05:05:00", None, bounds);
+        assert_eq!(visit.decisions, [skipped("00:10:00", "00:20:00", 2, SkipReason::Missed)]);
+        assert_eq!(visit.position, next("00:30:00", None));
+    }
+
+    #[test]
+    fn a_run_of_skipped_ticks_ends_with_its_day() {
+        let recurrence = Recurrence::parse("0 */8 * * *", "UTC").expect("a schedule");
+        let position = Position { next_tick: at("08:00:00"), catch_up_until: None };
+        let now = "2026-05-02T09:00:00Z".parse().expect("a time");
+        let found = Circumstances { now, closed: Some(SkipReason::Paused), overlapping: true };
+        let visit = Rules::DEFAULT.visit(&recurrence, ScheduleId(Uuid::nil()), position, found, BOUNDS);
+        let runs: Vec<u64> = visit
+            .decisions
+            .iter()
+            .map(|decision| match decision {
+                Decision::Skip { ticks, reason: SkipReason::Paused, .. } => *ticks,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(runs, [2, 2]);
+    }
+}

@@ -266,6 +266,13 @@ async fn a_schedule_that_cannot_be_visited_is_put_off_alone() {
     .unwrap();
     set("UPDATE schedules SET timezone = 'Atlantis/Capital' WHERE id = $1", schedules[1]).await;
     set("UPDATE schedules SET template = 'x' WHERE id = $1", schedules[2]).await;
+    // Another version has another policy, of which this one has not heard.
+    let unknown = world.schedule("* * * * *", "UTC", Rules::DEFAULT).await;
+    sqlx::query("ALTER TABLE schedules DROP CONSTRAINT schedules_missed_check")
+        .execute(&world.pool)
+        .await
+        .unwrap();
+    set("UPDATE schedules SET missed = 'whatever' WHERE id = $1", unknown).await;
     world.advance(jiff::SignedDuration::from_mins(1)).await;
     world.drain(&scheduler).await;
     assert_eq!(world.account(schedules[3]).await, ["01 00:01:00 fired"]);

@@ -25,7 +25,7 @@ pub async fn claim_schedules(
     only: Option<ScheduleId>,
     limit: u32,
     hold_s: u64,
-) -> Result<(Vec<Schedule>, Vec<StoreError>), StoreError> {
+) -> Result<(Vec<Schedule>, Vec<(ScheduleId, StoreError)>), StoreError> {
     const OPERATION: &str = "claim due schedules";
     hold_transaction(connection, hold_s).await?;
     let rows: Vec<ScheduleRow> = sqlx::query_as(concat!(
@@ -41,9 +41,10 @@ pub async fn claim_schedules(
     .during(OPERATION)?;
     let (mut claimed, mut unfit) = (Vec::with_capacity(rows.len()), Vec::new());
     for row in rows {
+        let id = ScheduleId(row.id);
         match Schedule::try_from(row) {
             Ok(schedule) => claimed.push(schedule),
-            Err(failed) => unfit.push(failed),
+            Err(failed) => unfit.push((id, failed)),
         }
     }
     Ok((claimed, unfit))
