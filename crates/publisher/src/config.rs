@@ -7,6 +7,7 @@ use bus_core::{
     pg::MAX_PER_SECOND,
 };
 use ipnet::IpNet;
+use jiff::{SignedDuration, Timestamp};
 use secrecy::SecretString;
 use serde::Deserialize;
 
@@ -24,6 +25,31 @@ pub struct PublisherConfig {
     pub sink: SinkRules,
     /// Replays.
     pub replay: ReplayConfig,
+    /// Events that recur, or are due later.
+    pub schedules: SchedulesConfig,
+}
+
+/// Events that recur, or are due later.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SchedulesConfig {
+    /// The shortest time between two ticks of a schedule, seconds.
+    pub min_interval_s: u64,
+    /// The most schedules of an organization that are not over.
+    pub max_per_organization: u32,
+    /// How far ahead an event may be due, days.
+    pub max_ahead_days: u32,
+}
+
+impl SchedulesConfig {
+    /// The most that [`max_ahead_days`](Self::max_ahead_days) can be: ten years.
+    const MAX_AHEAD_DAYS: u32 = 3_660;
+
+    /// An event that is published `now` is due before this time, or refused.
+    pub fn deliver_before(&self, now: Timestamp) -> Timestamp {
+        let ahead = SignedDuration::from_hours(i64::from(self.max_ahead_days) * 24);
+        now.saturating_add(ahead).unwrap_or(Timestamp::MAX)
+    }
 }
 
 /// Replays.
@@ -98,6 +124,18 @@ impl RoleConfig for PublisherConfig {
         if !(1..=MAX_PER_SECOND).contains(&self.replay.per_second) {
             return Some(format!("replay.per_second must be between 1 and {MAX_PER_SECOND}"));
         }
+        let schedules = &self.schedules;
+        if schedules.min_interval_s == 0 || schedules.max_per_organization == 0 {
+            return Some(
+                "schedules.min_interval_s and schedules.max_per_organization must be at least 1".into(),
+            );
+        }
+        if !(1..=SchedulesConfig::MAX_AHEAD_DAYS).contains(&schedules.max_ahead_days) {
+            return Some(format!(
+                "schedules.max_ahead_days must be between 1 and {}",
+                SchedulesConfig::MAX_AHEAD_DAYS
+            ));
+        }
         if publish.max_event_bytes > publish.max_body_bytes {
             return Some("publish.max_event_bytes must not exceed publish.max_body_bytes".into());
         }
@@ -142,6 +180,25 @@ mod tests {
     fn an_admin_token_of_digits_is_text() {
         let config = with(&[("EVENT_BUS_ADMIN_TOKEN", "007")]).expect("a token is text");
         assert_eq!(config.admin_token.expect("it was given").expose_secret(), "007");
+    }
+
+    #[test]
+    fn schedules_have_bounds_of_their_own() {
+        for (key, bad) in [
+            ("MIN_INTERVAL_S", "0"),
+            ("MAX_PER_ORGANIZATION", "0"),
+            ("MAX_AHEAD_DAYS", "0"),
+            ("MAX_AHEAD_DAYS", "3661"),
+        ] {
+            let name = format!("EVENT_BUS_SCHEDULES__{key}");
+            let refused = with(&[(&name, bad)]).expect_err(bad);
+            assert!(refused.contains(&format!("schedules.{}", key.to_lowercase())), "{refused}");
+            with(&[(&name, "1")]).expect("1 is usable");
+        }
+        let config = with(&[]).expect("the defaults").schedules;
+        let bound = config.deliver_before(Timestamp::UNIX_EPOCH);
+        assert_eq!(bound.to_string(), "1971-01-02T00:00:00Z", "366 days later");
+        assert_eq!(config.deliver_before(Timestamp::MAX), Timestamp::MAX);
     }
 
     #[test]

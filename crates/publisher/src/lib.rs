@@ -87,7 +87,12 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
             .admin_token
             .as_ref()
             .map(|token| Sha256::digest(token.expose_secret().as_bytes()).into()),
-        limits: Limits { max_batch: publish.max_batch, max_event_bytes: publish.max_event_bytes },
+        limits: Limits {
+            max_batch: publish.max_batch,
+            max_event_bytes: publish.max_event_bytes,
+            ..Limits::default()
+        },
+        schedules: ctx.config.schedules.clone(),
         replays_per_second: ctx.config.replay.per_second,
         max_body_bytes: publish.max_body_bytes,
         clock: Arc::clone(&ctx.clock),

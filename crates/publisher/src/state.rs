@@ -10,7 +10,7 @@ use sqlx::PgPool;
 
 use bus_core::snapshots::Snapshots;
 
-use crate::ingest::Ingest;
+use crate::{config::SchedulesConfig, ingest::Ingest};
 
 /// What the API's handlers share. Cheap to clone.
 #[derive(Clone)]
@@ -32,8 +32,10 @@ pub struct Inner {
     pub addresses: AddressPolicy,
     /// SHA-256 of the admin token; without one the admin API is closed to all but `admin` keys.
     pub admin_token: Option<[u8; 32]>,
-    /// What a publish request may contain.
+    /// What a publish request may contain, whenever it comes.
     pub limits: Limits,
+    /// What schedules, and events that are due later, may ask for.
+    pub schedules: SchedulesConfig,
     /// How many deliveries of a replay come back in a second, unless the request says so.
     pub replays_per_second: u32,
     /// The most bytes of a request's body.

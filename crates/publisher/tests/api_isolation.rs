@@ -21,6 +21,8 @@ struct Victim {
     event: String,
     dead_letter: String,
     replay: String,
+    schedule: String,
+    waiting: String,
 }
 
 /// What a stranger must get.
@@ -41,7 +43,8 @@ use Expected::{EmptyList, Forbidden, NoSuchId, NotFound, Own};
 
 /// The table: what a stranger tries, for every operation of the document.
 fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>, Expected)>> {
-    let Victim { tenant, connection, publisher, subscription, key, event, dead_letter, replay } = victim;
+    let Victim { tenant, connection, publisher, subscription, key, event, dead_letter, replay, .. } = victim;
+    let Victim { schedule, waiting, .. } = victim;
     let organizations = "/v1/admin/organizations";
     let organization = format!("{organizations}/{}", tenant.id);
     let path = |collection: &str, id: &str| format!("/v1/{collection}/{id}");
@@ -110,26 +113,46 @@ fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>
         "publishEvents" => {
             // The victim's own (source, id): neither a duplicate nor a match.
             let event = json!({ "type": "order.created", "source": "/victim", "id": "secret-id", "data": 1 });
-            vec![("/v1/events".into(), Some(event), Own(202))]
+            // The victim's own schedule: a new one.
+            vec![
+                ("/v1/events".into(), Some(event), Own(202)),
+                ("/v1/events".into(), Some(daily(0)), Own(201)),
+            ]
         }
         "listEvents" => vec![
             ("/v1/events".into(), None, EmptyList),
             ("/v1/events?type=order.created&source=/victim&include=event".into(), None, EmptyList),
+            ("/v1/events?status=scheduled&include=event".into(), None, EmptyList),
         ],
+        "putSchedule" => vec![("/v1/events".into(), Some(daily(1)), Own(201))],
+        "listSchedules" => vec![
+            ("/v1/schedules".into(), None, EmptyList),
+            ("/v1/schedules?state=active&type=day.began".into(), None, EmptyList),
+        ],
+        "getSchedule" => vec![(path("schedules", schedule), None, NotFound)],
+        "listOccurrences" => vec![(format!("/v1/schedules/{schedule}/occurrences"), None, NotFound)],
+        "pauseSchedule" => vec![(format!("/v1/schedules/{schedule}/pause"), None, NotFound)],
+        "resumeSchedule" => vec![(format!("/v1/schedules/{schedule}/resume"), None, NotFound)],
+        "triggerSchedule" => vec![(format!("/v1/schedules/{schedule}/trigger"), None, NotFound)],
+        "cancelSchedule" => vec![(format!("/v1/schedules/{schedule}/cancel"), None, NotFound)],
         "getEvent" => vec![
             (path("events", event), None, NotFound),
             (path("events", "secret-id"), None, NotFound),
             (path("events", "secret-id?source=/victim"), None, NotFound),
+            (path("events", waiting), None, NotFound),
+            (path("events", "secret-later"), None, NotFound),
         ],
         "listDeliveries" => vec![
             (format!("/v1/events/{event}/deliveries"), None, NotFound),
             ("/v1/events/secret-id/deliveries".into(), None, NotFound),
+            (format!("/v1/events/{waiting}/deliveries"), None, NotFound),
         ],
         // By now the stranger has published an event with the same id.
         "ackEvent" => {
             let body = json!({ "connectionId": connection });
             vec![
                 (format!("/v1/events/{event}/ack"), Some(body.clone()), NotFound),
+                (format!("/v1/events/{waiting}/ack"), Some(body.clone()), NotFound),
                 ("/v1/events/secret-id/ack".into(), Some(body), NoSuchId("/connectionId")),
             ]
         }
@@ -137,6 +160,7 @@ fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>
             let body = json!({ "subscriptionId": subscription });
             vec![
                 (format!("/v1/events/{event}/replay"), Some(json!({})), NotFound),
+                (format!("/v1/events/{waiting}/replay"), Some(json!({})), NotFound),
                 ("/v1/events/secret-id/replay".into(), Some(body), NoSuchId("/subscriptionId")),
                 ("/v1/events/secret-id/replay".into(), Some(json!({})), Own(202)),
             ]
@@ -182,7 +206,11 @@ async fn i3_a_foreign_key_sees_nothing_and_changes_nothing() {
 
     // What the stranger makes comes last, so that the lists before it are empty.
     let mut operations = operations();
-    operations.sort_by_key(|(method, ..)| *method == Method::POST);
+    operations.sort_by_key(|(method, ..)| match *method {
+        Method::GET => 0,
+        Method::POST => 2,
+        _ => 1,
+    });
     for stranger in [&admin, &stranger_tenant.api] {
         for (method, template, operation) in &operations {
             let id = operation["operationId"].as_str().unwrap();
@@ -246,6 +274,8 @@ async fn try_one(
         &victim.event,
         &victim.dead_letter,
         &victim.replay,
+        &victim.schedule,
+        &victim.waiting,
         &victim.tenant.id,
     ] {
         assert!(!text.contains(id.as_str()), "{at}");
@@ -266,7 +296,16 @@ async fn furnish(bus: &Bus, pool: &PgPool) -> Victim {
     let all = json!({ "filter": {} });
     let replay = tenant.api.post("/v1/dead-letters/replay", all).await.expect(202).id().to_owned();
     let dead_letter = dead.id();
-    Victim { tenant, connection, publisher, subscription, key, event, dead_letter, replay }
+    let schedule = tenant.api.post("/v1/events", daily(0)).await.expect(201).id().to_owned();
+    let soon = common::ahead(pool, 3_600).await;
+    let later = json!({ "type": "order.created", "id": "secret-later", "deliverAt": soon });
+    let waiting = tenant.api.post("/v1/events", later).await.expect(202).text("/uid").to_owned();
+    Victim { tenant, connection, publisher, subscription, key, event, dead_letter, replay, schedule, waiting }
+}
+
+/// An event that recurs each day at that hour.
+fn daily(hour: u8) -> Value {
+    json!({ "type": "day.began", "source": "/victim", "cron": format!("0 {hour} * * *") })
 }
 
 /// Removes what the stranger made, for the next round.
@@ -274,7 +313,7 @@ async fn undo(stranger: &Caller, pool: &PgPool, organization: &str) {
     for connection in stranger.all("/v1/connections", 50).await {
         stranger.delete(&format!("/v1/connections/{}", connection["id"].as_str().unwrap())).await.is(204);
     }
-    for table in ["events", "event_keys", "replays"] {
+    for table in ["events", "event_keys", "replays", "schedules"] {
         let statement = format!("DELETE FROM {table} WHERE organization_id = $1::uuid");
         sqlx::query(sqlx::AssertSqlSafe(statement)).bind(organization).execute(pool).await.unwrap();
     }

@@ -20,9 +20,15 @@ pub(super) struct Attributes {
     draft: Draft,
     has_type: bool,
     bytes: usize,
+    deliver_before: Option<Timestamp>,
 }
 
 impl Attributes {
+    /// None yet; for the bound see [`Limits`](super::Limits).
+    pub(super) fn new(deliver_before: Option<Timestamp>) -> Self {
+        Self { deliver_before, ..Self::default() }
+    }
+
     /// Takes one attribute other than `specversion`.
     pub(super) fn set(&mut self, name: &str, value: ExtensionValue) -> Result<(), EventError> {
         self.bytes = self.bytes.saturating_add(name.len()).saturating_add(value.len());
@@ -55,7 +61,13 @@ impl Attributes {
                     )));
                 }
                 if name == DELIVER_AT {
-                    draft.deliver_at = Some(time(name, value.clone())?);
+                    let at = time(name, value.clone())?;
+                    if let Some(bound) = self.deliver_before.filter(|bound| at >= *bound) {
+                        return Err(EventError::attribute(format!(
+                            "an event cannot wait so long: its time must be before {bound}; publish it later"
+                        )));
+                    }
+                    draft.deliver_at = Some(at);
                 }
                 if name == "cron" {
                     return Err(recurring::refused(

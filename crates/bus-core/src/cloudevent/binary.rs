@@ -5,7 +5,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header::CONTENT_TYPE};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
 
 use super::{
-    CloudEvent, Data, Draft, ExtensionValue,
+    CloudEvent, Data, Draft, ExtensionValue, Limits,
     attributes::{Attributes, check_specversion},
     error::{EventError, EventErrorKind},
     media_type::MediaType,
@@ -26,8 +26,9 @@ pub(super) fn event(
     headers: &HeaderMap,
     content_type: Option<(&str, &MediaType)>,
     body: &Bytes,
+    limits: &Limits,
 ) -> Result<Draft, EventError> {
-    let mut attributes = Attributes::default();
+    let mut attributes = Attributes::new(limits.deliver_before);
     let mut version = false;
     for name in headers.keys() {
         let Some(attribute) = name.as_str().strip_prefix(PREFIX) else { continue };

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeSet, fmt};
 
+use jiff::Timestamp;
 use serde::{
     Deserialize, Deserializer,
     de::{DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor},
@@ -10,7 +11,7 @@ use serde::{
 use serde_json::value::RawValue;
 
 use super::{
-    Draft, ExtensionValue, MAX_EXTENSIONS,
+    Draft, ExtensionValue, Limits, MAX_EXTENSIONS,
     attributes::{Attributes, DELIVER_AT, check_specversion},
     error::{EventError, EventErrorKind, shortened},
     payload, recurring,
@@ -28,8 +29,8 @@ pub(super) enum Form {
     Plain,
 }
 
-/// Reads one event.
-pub(super) fn event(text: &[u8], form: Form) -> Result<Draft, EventError> {
+/// Reads one event; for the bound see [`Limits`].
+pub(super) fn event(text: &[u8], form: Form, deliver_before: Option<Timestamp>) -> Result<Draft, EventError> {
     if first(text) != Some(b'{') {
         return Err(EventError::malformed(
             "an event must be a JSON object, like {\"type\": \"order.created\"}",
@@ -38,22 +39,25 @@ pub(super) fn event(text: &[u8], form: Form) -> Result<Draft, EventError> {
     let Members(mut members) = serde_json::from_slice(text)
         .map_err(|error| EventError::malformed(format!("not an event: {error}")))?;
     match form {
-        Form::Structured => read(members, form),
+        Form::Structured => read(&members, form, deliver_before),
         Form::Plain => {
             let schedule = recurring::take(&mut members)?;
-            let draft = read(members, form)?;
+            let draft = read(&members, form, deliver_before)?;
             if schedule.is_some() && draft.deliver_at.is_some() {
+                let name =
+                    members.iter().map(|(name, _)| name.as_str()).find(|name| is_deliver_at(name, form));
                 let detail =
                     "an event either recurs or is delivered at one time: leave out `cron` or `deliverAt`";
-                return Err(EventError::attribute(detail).at_member("deliverAt"));
+                return Err(EventError::attribute(detail).at_member(name.unwrap_or(DELIVER_AT)));
             }
             Ok(Draft { schedule: schedule.map(Box::new), ..draft })
         }
     }
 }
 
-/// Reads an array of events, of which there may be `most`.
-pub(super) fn batch(text: &[u8], form: Form, most: usize) -> Result<Vec<Draft>, EventError> {
+/// Reads an array of events.
+pub(super) fn batch(text: &[u8], form: Form, limits: &Limits) -> Result<Vec<Draft>, EventError> {
+    let most = limits.max_batch;
     if first(text) != Some(b'[') {
         return Err(EventError::malformed("a batch must be a JSON array of events"));
     }
@@ -71,7 +75,9 @@ pub(super) fn batch(text: &[u8], form: Form, most: usize) -> Result<Vec<Draft>, 
     items
         .into_iter()
         .enumerate()
-        .map(|(index, item)| event(item.get().as_bytes(), form).map_err(|error| error.in_batch(index)))
+        .map(|(index, item)| {
+            event(item.get().as_bytes(), form, limits.deliver_before).map_err(|error| error.in_batch(index))
+        })
         .collect()
 }
 
@@ -80,11 +86,20 @@ pub(super) fn first(text: &[u8]) -> Option<u8> {
     text.iter().copied().find(|byte| !matches!(byte, b' ' | b'\t' | b'\n' | b'\r'))
 }
 
-fn read(members: Vec<(String, &RawValue)>, form: Form) -> Result<Draft, EventError> {
-    let mut attributes = Attributes::default();
+/// The two names of one attribute.
+fn is_deliver_at(name: &str, form: Form) -> bool {
+    name == DELIVER_AT || (name == "deliverAt" && form == Form::Plain)
+}
+
+fn read(
+    members: &[(String, &RawValue)],
+    form: Form,
+    deliver_before: Option<Timestamp>,
+) -> Result<Draft, EventError> {
+    let mut attributes = Attributes::new(deliver_before);
     let (mut data, mut bytes, mut version) = (None, None, false);
     let mut seen = BTreeSet::new();
-    for (name, value) in &members {
+    for (name, value) in members {
         let name = name.as_str();
         if !seen.insert(name) {
             let detail = format!("`{}` is there twice; leave one of them out", shortened(name));
@@ -112,7 +127,7 @@ fn read(members: Vec<(String, &RawValue)>, form: Form) -> Result<Draft, EventErr
                     check_specversion(&text)
                 }
                 ("specversion", _) => check_specversion(""),
-                ("deliverAt", value) if form == Form::Plain => attributes.set(DELIVER_AT, value),
+                (name, value) if is_deliver_at(name, form) => attributes.set(DELIVER_AT, value),
                 (_, value) => attributes.set(name, value),
             })
             .map_err(|error| error.at_member(name))?;

@@ -31,7 +31,7 @@ pub enum EventErrorKind {
     InvalidAttribute,
     /// The payload cannot be used: not what its content type says, too deep, or out of range.
     InvalidData,
-    /// The member is reserved for a feature that the bus does not have yet.
+    /// What recurs is published in plain JSON, alone.
     NotSupported,
 }
 

@@ -209,11 +209,13 @@ pub struct Limits {
     pub max_batch: usize,
     /// The largest event, in bytes of its JSON format, without what the bus fills in.
     pub max_event_bytes: usize,
+    /// A `deliverat` must be before this time, if there is one.
+    pub deliver_before: Option<Timestamp>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_batch: 1000, max_event_bytes: 1 << 20 }
+        Self { max_batch: 1000, max_event_bytes: 1 << 20, deliver_before: None }
     }
 }
 
@@ -228,11 +230,11 @@ pub fn parse_http(headers: &HeaderMap, body: &Bytes, limits: &Limits) -> Result<
     let submission = match essence {
         Some("application/cloudevents-batch+json") => {
             check_utf8(content_type.as_ref())?;
-            Submission::Batch(envelope::batch(body, Form::Structured, limits.max_batch)?)
+            Submission::Batch(envelope::batch(body, Form::Structured, limits)?)
         }
         Some("application/cloudevents+json") => {
             check_utf8(content_type.as_ref())?;
-            Submission::Single(envelope::event(body, Form::Structured)?)
+            Submission::Single(envelope::event(body, Form::Structured, limits.deliver_before)?)
         }
         Some(other) if other.starts_with("application/cloudevents") => {
             return Err(unsupported(
@@ -242,7 +244,7 @@ pub fn parse_http(headers: &HeaderMap, body: &Bytes, limits: &Limits) -> Result<
         }
         _ if binary::is_binary(headers) => {
             let content_type = content_type.as_ref().map(|(text, media_type)| (*text, media_type));
-            Submission::Single(binary::event(headers, content_type, body)?)
+            Submission::Single(binary::event(headers, content_type, body, limits)?)
         }
         None | Some("application/json") => {
             check_utf8(content_type.as_ref())?;
@@ -252,8 +254,8 @@ pub fn parse_http(headers: &HeaderMap, body: &Bytes, limits: &Limits) -> Result<
                         "the body is empty; send an event, like {\"type\": \"order.created\"}",
                     ));
                 }
-                Some(b'[') => Submission::Batch(envelope::batch(body, Form::Plain, limits.max_batch)?),
-                Some(_) => Submission::Single(envelope::event(body, Form::Plain)?),
+                Some(b'[') => Submission::Batch(envelope::batch(body, Form::Plain, limits)?),
+                Some(_) => Submission::Single(envelope::event(body, Form::Plain, limits.deliver_before)?),
             }
         }
         Some(_) => {
@@ -341,9 +343,9 @@ impl CloudEvent {
     /// Reads an event in the JSON format.
     ///
     /// # Errors
-    /// As [`parse_http`] in structured mode, without the limit on the size.
+    /// As [`parse_http`] in structured mode, without the [`Limits`].
     pub fn from_structured(body: &[u8]) -> Result<Self, EventError> {
-        let draft = envelope::event(body, Form::Structured)?;
+        let draft = envelope::event(body, Form::Structured, None)?;
         Ok(Self {
             id: draft.id.ok_or_else(|| EventError::missing("id"))?,
             source: draft.source.ok_or_else(|| EventError::missing("source"))?,

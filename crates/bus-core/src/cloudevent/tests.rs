@@ -4,6 +4,7 @@ use http::HeaderValue;
 
 use super::*;
 
+mod later;
 mod round_trips;
 
 const PLAIN: &str = "application/json";
@@ -256,19 +257,11 @@ fn errors_say_where_and_what_to_change() {
         (PLAIN, &heavy, InvalidAttribute, Some("/ext"), "at most 16384 bytes"),
         (
             PLAIN,
-            r#"{"type":"t","deliverAt":"2030-01-01T00:00:00Z"}"#,
-            NotSupported,
-            Some("/deliverAt"),
-            "not supported yet",
-        ),
-        (
-            PLAIN,
             r#"[{"type":"t"},{"type":"t","cron":"@daily"}]"#,
             NotSupported,
             Some("/1/cron"),
-            "not supported yet",
+            "published alone",
         ),
-        (PLAIN, r#"{"type":"t","timezone":"UTC"}"#, NotSupported, Some("/timezone"), "not supported yet"),
         (
             PLAIN,
             r#"{"type":"t","data":1,"data_base64":""}"#,
@@ -341,9 +334,30 @@ fn errors_say_where_and_what_to_change() {
         (
             STRUCTURED,
             r#"{"specversion":"1.0","id":"1","source":"/","type":"t","deliverat":""}"#,
-            NotSupported,
+            InvalidAttribute,
             Some("/deliverat"),
-            "not supported yet",
+            "RFC 3339",
+        ),
+        (
+            STRUCTURED,
+            r#"{"specversion":"1.0","id":"1","source":"/","type":"t","deliverAt":"2030-01-01T00:00:00Z"}"#,
+            InvalidAttribute,
+            Some("/deliverAt"),
+            "did you mean `deliverat`?",
+        ),
+        (
+            STRUCTURED,
+            r#"{"specversion":"1.0","id":"1","source":"/","type":"t","cron":"@daily"}"#,
+            NotSupported,
+            Some("/cron"),
+            "plain JSON",
+        ),
+        (
+            BATCH,
+            r#"[{"specversion":"1.0","id":"1","source":"/","type":"t","cron":"@daily"}]"#,
+            NotSupported,
+            Some("/0/cron"),
+            "plain JSON",
         ),
         (
             BATCH,
@@ -399,7 +413,9 @@ fn errors_in_binary_mode_name_the_header() {
         ("ce-datacontenttype", "text/plain", "", Some("ce-datacontenttype"), "`Content-Type`"),
         ("ce-data", "1", "", Some("ce-data"), "the body"),
         ("ce-my-ext", "1", "", Some("ce-my-ext"), "did you mean `myext`?"),
-        ("ce-deliverat", "2030-01-01T00:00:00Z", "", Some("ce-deliverat"), "not supported yet"),
+        ("ce-deliverat", "tomorrow", "", Some("ce-deliverat"), "RFC 3339"),
+        ("ce-deliverat", "2030-01-01T00:00:00", "", Some("ce-deliverat"), "RFC 3339"),
+        ("ce-cron", "@daily", "", Some("ce-cron"), "plain JSON"),
         ("content-type", "application/json", "{", None, "not JSON"),
         ("content-type", "a/b+json", "1e999", None, "out of range"),
         ("ce-ext", "1", "not json", None, "not JSON"),
@@ -422,7 +438,7 @@ fn errors_in_binary_mode_name_the_header() {
 
 #[test]
 fn limits_are_errors_of_their_own() {
-    let limits = Limits { max_batch: 2, max_event_bytes: 100 };
+    let limits = Limits { max_batch: 2, max_event_bytes: 100, ..Limits::default() };
     let parse = |headers: &HeaderMap, body: String| parse_http(headers, &body.into(), &limits);
     let plain = headers(&[("content-type", PLAIN)]);
     let event = |bytes: usize| {

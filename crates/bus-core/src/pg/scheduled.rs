@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use sqlx::{PgConnection, PgPool, Row as _, postgres::PgRow};
 use uuid::Uuid;
 
-use super::{During as _, NewEvent, PageRequest, Paged, StoreError, hold_transaction};
+use super::{During as _, EVENT_PAGE_BYTES, NewEvent, PageRequest, Paged, StoreError, hold_transaction};
 use crate::ids::{ConnectionId, EventUid, OrganizationId, ScheduleId};
 
 /// An event that is due later.
@@ -23,8 +23,14 @@ pub struct ScheduledEvent {
 
 macro_rules! columns {
     () => {
-        "s.uid, s.organization_id, s.id, s.source, s.type, s.subject, s.time, s.publisher, s.received_at, s.due_at, \
-         s.schedule_id, s.cancelled_at, s.body"
+        columns!("s.body")
+    };
+    ($body:literal) => {
+        concat!(
+            "s.uid, s.organization_id, s.id, s.source, s.type, s.subject, s.time, s.publisher, s.received_at, s.due_at, \
+             s.schedule_id, s.cancelled_at, ",
+            $body
+        )
     };
 }
 
@@ -169,26 +175,44 @@ pub async fn scheduled_event(
 }
 
 /// The events of an organization that are due later, and those that were cancelled lately, in the order in which they
-/// are due.
+/// are due. Without `bodies` their bodies are empty; with them, the event that passes [`EVENT_PAGE_BYTES`] is the last
+/// of its part.
 pub async fn scheduled_events(
     pool: &PgPool,
     organization: OrganizationId,
+    bodies: bool,
     page: PageRequest,
 ) -> Result<Paged<ScheduledEvent>, StoreError> {
     const OPERATION: &str = "list events that are due later";
     let rows = sqlx::query(concat!(
         "SELECT ",
-        columns!(),
-        " FROM scheduled_events s WHERE s.organization_id = $1 AND s.uid > $2 ORDER BY s.uid LIMIT $3"
+        columns!("CASE WHEN $4 THEN s.body ELSE ''::bytea END AS body"),
+        ", s.found FROM (
+             SELECT *, count(*) OVER () AS found, sum(octet_length(body)) OVER (ORDER BY uid) - octet_length(body) AS before
+             FROM (SELECT * FROM scheduled_events
+                   WHERE organization_id = $1 AND uid > $2 ORDER BY uid LIMIT $3) AS part
+         ) AS s
+         WHERE NOT $4 OR s.before < $5
+         ORDER BY s.uid"
     ))
     .bind(organization.0)
     .bind(page.bound())
     .bind(page.rows())
+    .bind(bodies)
+    .bind(EVENT_PAGE_BYTES)
     .fetch_all(pool)
     .await
     .during(OPERATION)?;
-    let items = rows.iter().map(scheduled).collect::<Result<_, _>>().during(OPERATION)?;
-    Ok(Paged::cut(items, page, |item: &ScheduledEvent| item.event.uid.0))
+    let found = rows.first().map(|row| row.try_get::<i64, _>("found")).transpose().during(OPERATION)?;
+    let items: Vec<_> = rows.iter().map(scheduled).collect::<Result<_, _>>().during(OPERATION)?;
+    let cut = found.is_some_and(|found| usize::try_from(found).is_ok_and(|found| found > items.len()));
+    let id = |item: &ScheduledEvent| item.event.uid.0;
+    let last = items.last().map(id);
+    let mut paged = Paged::cut(items, page, id);
+    if cut {
+        paged.next = last;
+    }
+    Ok(paged)
 }
 
 /// What [`cancel_scheduled`] found.

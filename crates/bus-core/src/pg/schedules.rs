@@ -66,6 +66,7 @@ pub struct Schedule {
     /// Where: an IANA name.
     pub timezone: String,
     /// What its occurrences are made from: a CloudEvent in the JSON event format. Each has an id and a time of its own.
+    /// Empty in a list.
     pub template: Bytes,
     /// What else it says.
     pub rules: Rules,
@@ -116,9 +117,15 @@ struct ScheduleRow {
 
 macro_rules! columns {
     () => {
-        "id, organization_id, publisher, type, source, cron, timezone, template, starts_at, ends_at, jitter_ms, missed, \
-         catch_up_limit, overlap, state, tz_version, next_tick, due_at, catch_up_until, last_event, open_skip, \
-         created_at, updated_at"
+        columns!("template")
+    };
+    ($template:literal) => {
+        concat!(
+            "id, organization_id, publisher, type, source, cron, timezone, ",
+            $template,
+            ", starts_at, ends_at, jitter_ms, missed, catch_up_limit, overlap, state, tz_version, next_tick, due_at, \
+             catch_up_until, last_event, open_skip, created_at, updated_at"
+        )
     };
 }
 use columns;
@@ -204,7 +211,8 @@ pub async fn schedule(
     row.map(Schedule::try_from).transpose()
 }
 
-/// The schedules of an organization, oldest first; only those in one state, or of one type, if asked for.
+/// The schedules of an organization without their templates, oldest first; only those in one state, or of one type, if
+/// asked for.
 pub async fn schedules(
     pool: &PgPool,
     whose: Publisher,
@@ -214,7 +222,7 @@ pub async fn schedules(
 ) -> Result<Paged<Schedule>, StoreError> {
     let rows: Vec<ScheduleRow> = sqlx::query_as(concat!(
         "SELECT ",
-        columns!(),
+        columns!("''::bytea AS template"),
         " FROM schedules
           WHERE organization_id = $1 AND id > $3 AND ($2::uuid IS NULL OR publisher = $2)
             AND ($5::text IS NULL OR state = $5) AND ($6::text IS NULL OR type = $6)

@@ -7,7 +7,7 @@ use axum::extract::FromRequestParts;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bus_core::{
     ids::{ConnectionId, KeyId, OrganizationId},
-    pg::{self, Credential, Scope, Scopes, Whose},
+    pg::{self, Credential, Publisher, Scope, Scopes, Whose},
 };
 use http::{HeaderMap, header::AUTHORIZATION, request::Parts};
 use moka::future::Cache;
@@ -62,6 +62,11 @@ impl Principal {
     /// Whose deliveries this principal may see and change.
     pub fn whose(&self) -> Whose {
         Whose { organization: self.organization, only: self.restricted_to() }
+    }
+
+    /// Whose schedules this principal may see and change.
+    pub fn publisher(&self) -> Publisher {
+        Publisher { organization: self.organization, only: self.restricted_to() }
     }
 
     /// Whether this principal may see that connection, if its organization has it.
@@ -190,6 +195,8 @@ requirements! {
     Look = Subscribe | Read;
     /// History.
     History = Read;
+    /// What is published later, to change it.
+    PublishLater = Publish;
 }
 
 /// A principal who may do what `R` asks for; looked up in the database, so that a revoked key ends at
@@ -212,6 +219,15 @@ impl<R: Requirement> FromRequestParts<Api> for Authorized<R> {
 pub(super) struct PublishAccess {
     pub(super) principal: Principal,
     pub(super) credential: CredentialHash,
+}
+
+impl PublishAccess {
+    /// The principal as of now: for what is not stored by a publish transaction.
+    pub(super) async fn confirmed(self, api: &Api) -> Result<Principal, Problem> {
+        let principal = look_up(api, self.credential).await?;
+        require(principal, &[Scope::Publish])?;
+        Ok(principal)
+    }
 }
 
 impl FromRequestParts<Api> for PublishAccess {

@@ -121,7 +121,7 @@ impl From<AttemptRecord> for AttemptView {
 /// List the deliveries of an event
 ///
 /// One for each subscription that matched, all in one part. Attempts appear about a second after they
-/// were made.
+/// were made. An event that is due later has none.
 #[utoipa::path(
     get,
     path = "/v1/events/{id}/deliveries",
@@ -138,7 +138,12 @@ pub(super) async fn list(
     Query(query): Query<SourceQuery>,
 ) -> Result<Answer<Page<DeliveryView>>, Problem> {
     let uid = find(&api, principal.organization, &id, query.source.as_deref()).await?;
-    let records =
-        pg::event_deliveries(&api.pool, principal.organization, uid).await?.ok_or_else(Problem::not_found)?;
+    let organization = principal.organization;
+    let records = match pg::event_deliveries(&api.pool, organization, uid).await? {
+        Some(records) => records,
+        None if pg::scheduled_event(&api.pool, organization, uid).await?.is_some() => Vec::new(),
+        // It was due just now.
+        None => pg::event_deliveries(&api.pool, organization, uid).await?.ok_or_else(Problem::not_found)?,
+    };
     Ok(Answer(Page { items: records.into_iter().map(DeliveryView::from).collect(), next_cursor: None }))
 }

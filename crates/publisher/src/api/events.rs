@@ -8,21 +8,24 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use bus_core::{
-    cloudevent::{CloudEvent, Draft, EventError, EventErrorKind, Submission, parse_http},
+    cloudevent::{CloudEvent, Draft, EventError, EventErrorKind, Limits, Submission, parse_http},
     ids::EventUid,
+    pg::IfThere,
 };
-use http::StatusCode;
-use jiff::Timestamp;
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
+use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
 
-use self::idempotency::read_idempotency;
+use self::idempotency::{read_idempotency, unwanted_key};
 use super::{
     Api,
     auth::{Principal, PublishAccess},
     extract::read_body,
     openapi::PublishProblems,
     problem::{FieldError, Problem, ProblemType},
+    schedules::{MissedName, OverlapName, ScheduleView, store_schedule},
 };
 use crate::ingest::{Accepted, Publish, PublishError};
 
@@ -105,12 +108,44 @@ pub(super) struct PlainEvent {
     datacontenttype: Option<String>,
     #[schema(format = "uri")]
     dataschema: Option<String>,
+    /// When the event is to be delivered, with an offset or `Z`, at most 366 days ahead unless configured otherwise. The
+    /// subscriptions that match then get it. At once if it is over. The extension attribute `deliverat` is the same.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(rename = "deliverAt")]
+    deliver_at: Option<String>,
+    /// The event recurs: five fields, or six with the seconds first. Goes with a single event without `id`, `time` and
+    /// `deliverAt`; the members below go with `cron`.
+    #[schema(max_length = 255)]
+    cron: Option<String>,
+    /// The IANA name of the time zone that `cron` is in; `UTC` if absent.
+    #[schema(max_length = 255)]
+    timezone: Option<String>,
+    /// No occurrence before this time.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(rename = "startsAt")]
+    starts_at: Option<String>,
+    /// No occurrence after this time.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(rename = "endsAt")]
+    ends_at: Option<String>,
+    /// Each occurrence comes up to so many milliseconds later; 0 if absent.
+    #[schema(maximum = 86_400_000)]
+    #[serde(rename = "jitterMs")]
+    jitter_ms: Option<u32>,
+    /// What becomes of occurrences whose time went by while nothing could publish them; `fire_once` if absent.
+    missed: Option<MissedName>,
+    /// How many of them are published with `catch_up`; 100 if absent.
+    #[schema(minimum = 1, maximum = 1000)]
+    #[serde(rename = "catchUpLimit")]
+    catch_up_limit: Option<u32>,
+    /// What becomes of an occurrence while the one before still has open deliveries; `allow` if absent.
+    overlap: Option<OverlapName>,
 }
 
 /// One event or a batch
 #[derive(Serialize, ToSchema)]
 #[serde(untagged)]
-#[allow(dead_code, reason = "the document's name for the two forms of the body")]
+#[allow(dead_code, clippy::large_enum_variant, reason = "the document's name for the two forms of the body")]
 enum PlainBody {
     One(PlainEvent),
     Batch(Vec<PlainEvent>),
@@ -153,6 +188,9 @@ pub(super) struct CloudEventBody {
     datacontenttype: Option<String>,
     #[schema(format = "uri")]
     dataschema: Option<String>,
+    /// When the event is to be delivered: see `deliverAt` of plain JSON.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    deliverat: Option<String>,
     /// The payload: any JSON value.
     #[schema(required = false)]
     data: serde_json::Value,
@@ -166,6 +204,9 @@ pub(super) struct CloudEventBody {
 /// mode (`ce-` headers, the payload as the body). The answer comes when the events are committed: from
 /// then on they reach every subscription that matches. An event with an `id` that was published before
 /// from the same `source`, within the deduplication window, is not published again.
+///
+/// An event with `deliverAt` is stored now and published then. A single event in plain JSON with `cron` makes a
+/// schedule, or finds the one with the same `type`, `source`, `cron` and `timezone`, which stays as it is.
 #[utoipa::path(
     post,
     path = "/v1/events",
@@ -178,7 +219,12 @@ pub(super) struct CloudEventBody {
         (Vec<CloudEventBody> = "application/cloudevents-batch+json"),
         (BinaryPayload = "*/*")
     )),
-    responses((status = 202, description = "Committed", body = AcceptedAnswer), PublishProblems),
+    responses(
+        (status = 202, description = "Committed", body = AcceptedAnswer),
+        (status = 201, description = "The new schedule", body = ScheduleView),
+        (status = 200, description = "The schedule that was there", body = ScheduleView),
+        PublishProblems
+    ),
     security(("apiKey" = ["publish"]))
 )]
 pub(super) async fn publish(
@@ -189,14 +235,21 @@ pub(super) async fn publish(
     let (parts, body) = request.into_parts();
     let body = read_body(&api.room, &parts.headers, body, api.max_body_bytes).await?;
     let idempotency = read_idempotency(&parts.headers, &body.bytes)?;
-    let submission = parse_http(&parts.headers, &body.bytes, &api.limits)?;
-    let (drafts, batch) = match submission {
+    let now = microseconds(api.clock.now());
+    let (drafts, batch) = match submission(&api, &parts.headers, &body.bytes, now)? {
+        Submission::Single(draft) if draft.schedule.is_some() => {
+            if idempotency.is_some() {
+                return Err(unwanted_key());
+            }
+            let principal = access.confirmed(&api).await?;
+            return store_schedule(&api, &principal, draft, IfThere::Keep).await;
+        }
         Submission::Single(draft) => (vec![draft], false),
         Submission::Batch(drafts) => (drafts, true),
     };
     let explicit_id = drafts.iter().map(|draft| draft.id.is_some()).collect();
-    let now = microseconds(api.clock.now());
-    let deliver_at: Vec<Option<Timestamp>> = drafts.iter().map(|draft| draft.deliver_at).collect();
+    let deliver_at: Vec<Option<Timestamp>> =
+        drafts.iter().map(|draft| draft.deliver_at.map(not_early)).collect();
     // Of an event that is due later, the uid is of that time: see `EventUid::received_at`.
     let uids: Vec<EventUid> = deliver_at
         .iter()
@@ -226,18 +279,39 @@ pub(super) async fn publish(
     Ok((StatusCode::ACCEPTED, answer).into_response())
 }
 
+/// Reads the events of a request that arrived `now`.
+pub(super) fn submission(
+    api: &Api,
+    headers: &HeaderMap,
+    body: &Bytes,
+    now: Timestamp,
+) -> Result<Submission, EventError> {
+    let limits = Limits { deliver_before: Some(api.schedules.deliver_before(now)), ..api.limits };
+    parse_http(headers, body, &limits)
+}
+
 /// The database keeps microseconds, and the answer to a repeated request must be the first one's.
-fn microseconds(time: Timestamp) -> Timestamp {
+pub(super) fn microseconds(time: Timestamp) -> Timestamp {
     Timestamp::from_microsecond(time.as_microsecond()).unwrap_or(time)
+}
+
+/// As the database keeps it: a time between two microseconds is not cut off but rounded up (invariant I5).
+fn not_early(due: Timestamp) -> Timestamp {
+    let cut = microseconds(due);
+    if cut < due { cut.saturating_add(SignedDuration::from_micros(1)).unwrap_or(due) } else { due }
 }
 
 /// Fills in what plain JSON may leave out.
 pub(super) fn complete(draft: Draft, uid: EventUid, principal: &Principal, now: Timestamp) -> CloudEvent {
-    let source = || match principal.connection {
+    draft.complete(|| uid.to_string(), || default_source(principal), now)
+}
+
+/// The source of events that name none.
+pub(super) fn default_source(principal: &Principal) -> String {
+    match principal.connection {
         Some(connection) => format!("/connections/{connection}"),
         None => format!("/organizations/{}", principal.organization),
-    };
-    draft.complete(|| uid.to_string(), source, now)
+    }
 }
 
 async fn not_published(api: &Api, access: PublishAccess, refused: PublishError) -> Problem {
@@ -292,5 +366,22 @@ impl From<EventError> for Problem {
             (None, None) => None,
         };
         Self { errors: place.into_iter().collect(), ..Self::new(kind, error.detail) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn i5_what_the_database_cannot_keep_makes_no_event_early() {
+        for (due, kept) in [
+            ("2030-01-01T00:00:00.123456Z", "2030-01-01T00:00:00.123456Z"),
+            ("2030-01-01T00:00:00.123456001Z", "2030-01-01T00:00:00.123457Z"),
+            ("2030-01-01T00:00:00.999999999Z", "2030-01-01T00:00:01Z"),
+        ] {
+            let due: Timestamp = due.parse().expect("a time");
+            assert_eq!(not_early(due).to_string(), kept);
+        }
     }
 }

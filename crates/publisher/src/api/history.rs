@@ -4,7 +4,7 @@ use axum::{Json as Answer, extract::State};
 use bus_core::{
     ids::{ConnectionId, EventUid, OrganizationId, SubscriptionId},
     pattern::TypePattern,
-    pg::{self, EventQuery, StoredEvent},
+    pg::{self, EventQuery, ScheduledEvent, StoredEvent},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -17,12 +17,21 @@ use super::{
     events::CloudEventBody,
     extract::{Id, Query},
     openapi::{EventProblems, ListProblems},
-    page::{Cursor, Limit, Page, cursor},
+    page::{self, Cursor, Limit, Page, cursor},
     problem::{FieldError, Problem, ProblemType},
 };
 
 /// How many events the answer to an ambiguous id names.
 const MAX_CANDIDATES: u32 = 20;
+
+/// Where an event stands: `scheduled`, due at its `deliverAt`; `cancelled` before it was due; `published`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum EventStatus {
+    Scheduled,
+    Cancelled,
+    Published,
+}
 
 /// A stored event
 #[derive(Debug, Serialize, ToSchema)]
@@ -34,6 +43,7 @@ pub(super) struct EventView {
     uid: EventUid,
     /// The CloudEvents `id`, unique together with `source`.
     id: String,
+    status: EventStatus,
     source: String,
     r#type: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -42,11 +52,15 @@ pub(super) struct EventView {
     time: Timestamp,
     #[schema(value_type = String, format = DateTime)]
     received_at: Timestamp,
+    /// When it is due; only of one that is not published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    deliver_at: Option<Timestamp>,
     /// The connection that published it, if the key was bound to one.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Uuid>)]
     publisher: Option<ConnectionId>,
-    /// The subscriptions that matched.
+    /// The subscriptions that matched; of an event that is due later those that match then.
     #[schema(value_type = Vec<Uuid>)]
     subscriptions: Vec<SubscriptionId>,
     /// The CloudEvent in the JSON format, as it is delivered.
@@ -55,17 +69,48 @@ pub(super) struct EventView {
     event: Option<Box<RawValue>>,
 }
 
+/// A body as it stands in an answer.
+pub(super) fn shown(uid: EventUid, body: &[u8]) -> Result<Box<RawValue>, Problem> {
+    serde_json::from_slice(body).map_err(|error| {
+        tracing::error!(event.uid = %uid, %error, "Stored event is not JSON");
+        Problem::internal()
+    })
+}
+
+impl TryFrom<ScheduledEvent> for EventView {
+    type Error = Problem;
+
+    fn try_from(scheduled: ScheduledEvent) -> Result<Self, Problem> {
+        let ScheduledEvent { event, due_at, cancelled_at, .. } = scheduled;
+        let status = if cancelled_at.is_some() { EventStatus::Cancelled } else { EventStatus::Scheduled };
+        let body = (!event.body.is_empty()).then(|| shown(event.uid, &event.body)).transpose()?;
+        Ok(Self {
+            uid: event.uid,
+            id: event.id,
+            status,
+            source: event.source,
+            r#type: event.r#type,
+            subject: event.subject,
+            time: event.time,
+            received_at: event.received_at.unwrap_or(event.time),
+            deliver_at: Some(due_at),
+            publisher: event.publisher,
+            subscriptions: Vec::new(),
+            event: body,
+        })
+    }
+}
+
 impl TryFrom<StoredEvent> for EventView {
     type Error = Problem;
 
     fn try_from(stored: StoredEvent) -> Result<Self, Problem> {
-        let event = stored.body.map(|body| serde_json::from_slice(&body)).transpose().map_err(|error| {
-            tracing::error!(event.uid = %stored.uid, %error, "Stored event is not JSON");
-            Problem::internal()
-        })?;
+        let event = stored.body.map(|body| shown(stored.uid, &body)).transpose()?;
         Ok(Self {
             uid: stored.uid,
             id: stored.id,
+            status: EventStatus::Published,
+            deliver_at: None,
             source: stored.source,
             r#type: stored.r#type,
             subject: stored.subject,
@@ -137,8 +182,24 @@ pub(super) async fn get(
     Query(query): Query<SourceQuery>,
 ) -> Result<Answer<EventView>, Problem> {
     let uid = find(&api, principal.organization, &id, query.source.as_deref()).await?;
-    let stored = pg::event(&api.pool, principal.organization, uid).await?.ok_or_else(Problem::not_found)?;
+    let organization = principal.organization;
+    if let Some(stored) = pg::event(&api.pool, organization, uid).await? {
+        return EventView::try_from(stored).map(Answer);
+    }
+    if let Some(waiting) = pg::scheduled_event(&api.pool, organization, uid).await? {
+        return EventView::try_from(waiting).map(Answer);
+    }
+    // It was due just now.
+    let stored = pg::event(&api.pool, organization, uid).await?.ok_or_else(Problem::not_found)?;
     EventView::try_from(stored).map(Answer)
+}
+
+/// Which events there are to list: those that are `published`, or those that are `scheduled` for later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum Listed {
+    Published,
+    Scheduled,
 }
 
 /// What a list shows besides the attributes.
@@ -154,6 +215,10 @@ enum Include {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
+    /// `published`, which is the default; or `scheduled`: those that are due later, and for four days those of them
+    /// that were cancelled, the first due first. `scheduled` goes with `include`, `limit` and `cursor` only.
+    #[param(value_type = Option<Listed>, inline)]
+    status: Option<Listed>,
     /// Only those of this type; may have wildcards like the `eventType` of a subscription.
     r#type: Option<String>,
     /// Only those of this source.
@@ -177,9 +242,9 @@ pub(super) struct ListQuery {
 
 /// List events, newest first
 ///
-/// The order is that of arrival at the millisecond, not of the events' own `time`. One request looks at
-/// a bounded number of events and bytes: a part may have fewer items than `limit`, or none, and still a
-/// `nextCursor`.
+/// The order is that of arrival at the millisecond, not of the events' own `time`; an event with a `deliverAt`
+/// arrives then. One request looks at a bounded number of events and bytes: a part may have fewer items than
+/// `limit`, or none, and still a `nextCursor`.
 #[utoipa::path(
     get,
     path = "/v1/events",
@@ -194,6 +259,9 @@ pub(super) async fn list(
     Authorized(principal, _): Authorized<History>,
     Query(query): Query<ListQuery>,
 ) -> Result<Answer<Page<EventView>>, Problem> {
+    if query.status == Some(Listed::Scheduled) {
+        return scheduled(&api, principal.organization, query).await.map(Answer);
+    }
     let event_type = query.r#type.as_deref().map(TypePattern::parse).transpose();
     let event_type = event_type
         .map_err(|error| Problem::invalid(vec![FieldError::parameter("type", error.to_string())]))?;
@@ -212,4 +280,30 @@ pub(super) async fn list(
     let page = pg::events(&api.pool, principal.organization, &query).await?;
     let items = page.items.into_iter().map(EventView::try_from).collect::<Result<_, _>>()?;
     Ok(Answer(Page { items, next_cursor: page.next.map(|uid| cursor(uid.0)) }))
+}
+
+/// The part of the list that is due later.
+async fn scheduled(
+    api: &Api,
+    organization: OrganizationId,
+    query: ListQuery,
+) -> Result<Page<EventView>, Problem> {
+    let filters = [
+        ("type", query.r#type.is_some()),
+        ("source", query.source.is_some()),
+        ("since", query.since.is_some()),
+        ("until", query.until.is_some()),
+    ];
+    let refused = filters.into_iter().filter(|(_, given)| *given).map(|(name, _)| {
+        FieldError::parameter(name, format!("`{name}` does not go with `status=scheduled`; leave it out"))
+    });
+    let refused: Vec<FieldError> = refused.collect();
+    if !refused.is_empty() {
+        return Err(Problem::invalid(refused));
+    }
+    let bodies = query.include == Some(Include::Event);
+    let part = page::request(query.limit, query.cursor);
+    let waiting = pg::scheduled_events(&api.pool, organization, bodies, part).await?;
+    let items = waiting.items.into_iter().map(EventView::try_from).collect::<Result<_, _>>()?;
+    Ok(Page { items, next_cursor: waiting.next.map(cursor) })
 }

@@ -17,6 +17,7 @@ mod organizations;
 mod page;
 pub mod problem;
 mod replays;
+mod schedules;
 mod subscriptions;
 mod sync;
 
@@ -92,11 +93,18 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// Every route with its description: a route that is added here is in the document.
 fn documented() -> OpenApiRouter<Api> {
     OpenApiRouter::with_openapi(openapi::Base::openapi())
-        .routes(routes!(events::publish, history::list))
+        .routes(routes!(events::publish, schedules::put, history::list))
         .routes(routes!(history::get))
         .routes(routes!(deliveries::list))
         .routes(routes!(acks::ack))
         .routes(routes!(replays::replay_event))
+        .routes(routes!(schedules::list))
+        .routes(routes!(schedules::get))
+        .routes(routes!(schedules::occurrences))
+        .routes(routes!(schedules::pause))
+        .routes(routes!(schedules::resume))
+        .routes(routes!(schedules::trigger))
+        .routes(routes!(schedules::cancel))
         .routes(routes!(dead_letters::list))
         .routes(routes!(dead_letters::replay_many))
         .routes(routes!(dead_letters::discard_many))

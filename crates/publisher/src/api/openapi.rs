@@ -24,6 +24,7 @@ use super::problem::{FieldError, PROBLEM_JSON, ProblemBody, ProblemType};
     ),
     tags(
         (name = "events", description = "Publish events and read what became of them"),
+        (name = "schedules", description = "Events that recur"),
         (name = "dead-letters", description = "Deliveries that were given up"),
         (name = "replays", description = "Jobs that bring deliveries back, or discard dead letters"),
         (name = "connections", description = "Who publishes, and where events go"),
@@ -136,7 +137,12 @@ problem_sets! {
         UnsupportedMediaType, InvalidFields, Overloaded;
     /// Publishing.
     PublishProblems = MalformedRequest, MalformedJson, MalformedEvent, InvalidIdempotencyKey, RequestTimeout,
-        TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused, Overloaded;
+        LimitReached, ScheduleTaken, TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused, Overloaded;
+    /// Changing a schedule.
+    PutScheduleProblems = MalformedRequest, MalformedJson, MalformedEvent, InvalidIdempotencyKey, RequestTimeout,
+        LimitReached, ScheduleTaken, TooLarge, UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Doing something with a schedule that is not over.
+    OngoingProblems = NotFound, ScheduleOver;
     /// Explaining.
     ExplainProblems = MalformedRequest, MalformedJson, MalformedEvent, RequestTimeout, TooLarge,
         UnsupportedMediaType, InvalidFields, Overloaded;
@@ -153,6 +159,6 @@ problem_sets! {
         LimitReached, TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused, Overloaded;
     /// Starting a job about an event.
     EventJobProblems = MalformedRequest, MalformedJson, InvalidIdempotencyKey, NotFound, RequestTimeout,
-        AmbiguousEvent, LimitReached, TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused,
-        Overloaded;
+        AmbiguousEvent, LimitReached, NotPublished, TooLarge, UnsupportedMediaType, InvalidFields,
+        IdempotencyKeyReused, Overloaded;
 }

@@ -63,7 +63,7 @@ problems! {
     MalformedEvent "malformed-event" BAD_REQUEST "The body is not an event"
         "The body, or the headers in binary mode, cannot be read as CloudEvents or plain JSON events.";
     InvalidIdempotencyKey "invalid-idempotency-key" BAD_REQUEST "The Idempotency-Key cannot be used"
-        "`Idempotency-Key` is not a string of 1 to 255 printable ASCII characters, or the events are not plain JSON.";
+        "`Idempotency-Key` is not a string of 1 to 255 printable ASCII characters, the events are not plain JSON, or one recurs.";
     Unauthorized "unauthorized" UNAUTHORIZED "No valid credential"
         "The request has no `Authorization: Bearer` header, or the key is unknown, revoked or has expired.";
     Forbidden "forbidden" FORBIDDEN "The credential does not allow this"
@@ -79,9 +79,15 @@ problems! {
     SubscriptionExists "subscription-exists" CONFLICT "There is a subscription like that already"
         "The change would make the subscription equal to another one of its connection.";
     LimitReached "limit-reached" CONFLICT "A limit of the organization is reached"
-        "The organization has the most subscriptions, the most memory for their filters, or the most unfinished replays that it can have.";
+        "The organization has the most subscriptions, the most memory for their filters, the most unfinished replays, or the most schedules that it can have.";
     AmbiguousEvent "ambiguous-event" CONFLICT "Several events have this id"
         "Several events have this CloudEvents id; `uids` names them, newest first, at most 20.";
+    NotPublished "not-published" CONFLICT "The event is not published"
+        "The event is due later, or was cancelled before it was due.";
+    ScheduleTaken "schedule-taken" CONFLICT "The schedule belongs to another connection"
+        "Another connection of the organization has a schedule with this type, source, cron and time zone.";
+    ScheduleOver "schedule-over" CONFLICT "The schedule is over"
+        "The schedule has ended, or was cancelled.";
     TooLarge "too-large" PAYLOAD_TOO_LARGE "The request is too large"
         "The body, an event, or a batch is larger than its limit, or a batch would make too many deliveries.";
     UnsupportedMediaType "unsupported-media-type" UNSUPPORTED_MEDIA_TYPE "The content type is not supported"

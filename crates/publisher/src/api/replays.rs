@@ -270,6 +270,12 @@ pub(super) async fn replay_event(
     body: Keyed<EventReplayBody>,
 ) -> Result<Response, Problem> {
     let event = find(&api, principal.organization, &id, query.source.as_deref()).await?;
+    if pg::scheduled_event(&api.pool, principal.organization, event).await?.is_some() {
+        return Err(Problem::new(
+            ProblemType::NotPublished,
+            "the event is due later, or was cancelled; there is nothing to replay before it is published",
+        ));
+    }
     let (mut whose, subscription) = (principal.whose(), body.value.subscription_id);
     if let Some(subscription) = subscription {
         whose.only = Some(check_match(&api, &principal, event, subscription).await?);

@@ -6,12 +6,14 @@ pub(crate) mod deliveries;
 
 use std::sync::LazyLock;
 
+use bus_core::pg;
 use devkit::{
     client::{ApiClient, Reply},
     processes::Role,
     stack::{Backend, Stack, StackOptions},
 };
 use http::Method;
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 static DOCUMENT: LazyLock<Value> = LazyLock::new(|| serde_json::to_value(publisher::api::openapi()).unwrap());
@@ -23,6 +25,13 @@ pub(crate) const URL: &str = "https://receiver.example/hook";
 pub(crate) fn ideographs(count: u32) -> String {
     // 7,919 is prime to the size of the block, so no character comes twice.
     (0..count).map(|n| char::from_u32(0x4e00 + n * 7_919 % 20_000).unwrap()).collect()
+}
+
+/// So many seconds from now, by the database's clock, to the millisecond.
+pub(crate) async fn ahead(pool: &sqlx::PgPool, seconds: i64) -> String {
+    let now = pg::transaction_time(&mut pool.acquire().await.unwrap()).await.unwrap();
+    let then = Timestamp::from_millisecond(now.as_millisecond() + seconds * 1_000).unwrap();
+    then.to_string()
 }
 
 /// One publisher process.
@@ -133,6 +142,11 @@ impl Caller {
 
     pub(crate) async fn post(&self, path: &str, body: Value) -> Reply {
         self.send(Method::POST, path, Some(body)).await
+    }
+
+    /// A request without a body.
+    pub(crate) async fn bare(&self, path: &str) -> Reply {
+        self.send(Method::POST, path, None).await
     }
 
     pub(crate) async fn put(&self, path: &str, body: Value) -> Reply {

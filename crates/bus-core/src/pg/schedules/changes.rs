@@ -187,6 +187,26 @@ async fn change(
     row.try_into().map(Some)
 }
 
+/// The schedule of that id. Nobody pauses, resumes, changes or cancels it before the transaction ends.
+pub async fn hold_schedule(
+    transaction: &mut PgConnection,
+    whose: Publisher,
+    id: ScheduleId,
+) -> Result<Option<Schedule>, StoreError> {
+    let row: Option<ScheduleRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM schedules WHERE id = $3 AND organization_id = $1 AND ($2::uuid IS NULL OR publisher = $2) FOR SHARE"
+    ))
+    .bind(whose.organization.0)
+    .bind(whose.only.map(|id| id.0))
+    .bind(id.0)
+    .fetch_optional(transaction)
+    .await
+    .during("hold a schedule")?;
+    row.map(Schedule::try_from).transpose()
+}
+
 /// What somebody wants of a schedule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Turn {

@@ -5,7 +5,7 @@ use sqlx::PgPool;
 use uuid::Uuid;
 
 use crate::{
-    ids::{EventUid, ScheduleId, uuid_floor},
+    ids::{EventUid, OrganizationId, ScheduleId, uuid_floor},
     pg::{During as _, PageRequest, Paged, StoreError},
     schedule::SkipReason,
 };
@@ -82,13 +82,15 @@ pub struct OccurrenceQuery {
 /// The occurrences of a schedule, latest first; `page.after` is the last one of the part before.
 pub async fn occurrences(
     pool: &PgPool,
+    organization: OrganizationId,
     schedule: ScheduleId,
     query: OccurrenceQuery,
     page: PageRequest,
 ) -> Result<Paged<Occurrence>, StoreError> {
     let rows: Vec<OccurrenceRow> = sqlx::query_as(
         "SELECT uid, state, reason, manual, tick, last_tick, ticks, at FROM occurrences
-         WHERE schedule_id = $1 AND uid < $2 AND uid >= $3 AND ($5::text IS NULL OR state = $5)
+         WHERE schedule_id = $1 AND uid < $2 AND uid >= $3 AND organization_id = $6
+           AND ($5::text IS NULL OR state = $5)
          ORDER BY schedule_id DESC, uid DESC LIMIT $4",
     )
     .bind(schedule.0)
@@ -96,6 +98,7 @@ pub async fn occurrences(
     .bind(query.since.map(uuid_floor).unwrap_or_default())
     .bind(page.rows())
     .bind(query.fired.map(|fired| if fired { "fired" } else { "skipped" }))
+    .bind(organization.0)
     .fetch_all(pool)
     .await
     .during("list occurrences")?;

@@ -40,6 +40,13 @@ pub(in crate::api) fn read_key(headers: &HeaderMap) -> Result<Option<String>, Pr
     Ok(Some(key))
 }
 
+/// The answer to a key with an event that recurs.
+pub(in crate::api) fn unwanted_key() -> Problem {
+    refused(
+        "a schedule is told apart by its type, source, cron and timezone; send no Idempotency-Key with it",
+    )
+}
+
 fn refused(detail: &str) -> Problem {
     Problem {
         errors: vec![FieldError::header(NAME, detail)],

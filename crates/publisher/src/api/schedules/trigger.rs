@@ -1,0 +1,95 @@
+//! An occurrence by hand.
+
+use axum::{Json as Answer, extract::State, response::Response};
+use bus_core::{
+    cloudevent::{CloudEvent, ExtensionValue},
+    ids::{EventUid, ScheduleId},
+    notify::Hint,
+    pg::{self, Identity, NewEvent, Schedule, ScheduleState, ScheduledEvent},
+    telemetry::Chain,
+};
+use jiff::Timestamp;
+use metrics::counter;
+use tracing::error;
+
+use super::{over, put::SCHEDULE_ID};
+use crate::{
+    api::{
+        Api, accepted,
+        auth::{Authorized, PublishLater},
+        events::AcceptedEvent,
+        extract::Id,
+        openapi::OngoingProblems,
+        problem::Problem,
+    },
+    ingest::Accepted,
+};
+
+/// Trigger a schedule
+///
+/// Its event is published now, besides the occurrences to come; also if the schedule is paused. `Location` and the
+/// answer name the event. It has `scheduleid` and no `scheduledtime`, and the list of occurrences has it as `manual`.
+/// Each request publishes one.
+#[utoipa::path(
+    post,
+    path = "/v1/schedules/{id}/trigger",
+    tag = "schedules",
+    operation_id = "triggerSchedule",
+    params(("id" = Uuid, Path, description = "The schedule")),
+    responses((status = 202, description = "Committed", body = AcceptedEvent), OngoingProblems),
+    security(("apiKey" = ["publish"]))
+)]
+pub(in crate::api) async fn trigger(
+    State(api): State<Api>,
+    Authorized(principal, _): Authorized<PublishLater>,
+    Id(id): Id<ScheduleId>,
+) -> Result<Response, Problem> {
+    let mut transaction = pg::begin(&api.pool).await?;
+    let schedule = pg::hold_schedule(&mut transaction, principal.publisher(), id)
+        .await?
+        .ok_or_else(Problem::not_found)?;
+    if matches!(schedule.state, ScheduleState::Ended | ScheduleState::Cancelled) {
+        return Err(over(&schedule));
+    }
+    // Due is the database's time.
+    let now = pg::transaction_time(&mut transaction).await?;
+    let event = occurrence(&schedule, EventUid::at(now, api.ids.next()), now)?;
+    let identity = Identity {
+        uid: event.uid,
+        id: event.id.clone(),
+        source: event.source.clone(),
+        r#type: event.r#type.clone(),
+        time: now,
+    };
+    let scheduled = ScheduledEvent { event, due_at: now, schedule: Some(id), cancelled_at: None };
+    pg::insert_scheduled(&mut transaction, &[scheduled]).await?;
+    pg::commit(transaction).await?;
+    counter!("bus_events_scheduled").increment(1);
+    api.hints.notify(Hint::Due).await;
+    let path = format!("/v1/events/{}", identity.uid);
+    Ok(accepted(&path, Answer(AcceptedEvent::from(Accepted { identity, duplicate: false }))))
+}
+
+/// The event of a schedule, now.
+fn occurrence(schedule: &Schedule, uid: EventUid, now: Timestamp) -> Result<NewEvent, Problem> {
+    let mut event = CloudEvent::from_structured(&schedule.template).map_err(|failed| {
+        error!(schedule.id = %schedule.id, error = %Chain(&failed), "A schedule's template cannot be read");
+        Problem::internal()
+    })?;
+    event.id = uid.to_string();
+    event.time = Some(now);
+    event.extensions.insert(SCHEDULE_ID.into(), ExtensionValue::String(schedule.id.to_string()));
+    Ok(NewEvent {
+        uid,
+        organization: schedule.organization,
+        body: event.to_structured(),
+        id: event.id,
+        source: event.source,
+        r#type: event.r#type,
+        subject: event.subject,
+        time: now,
+        publisher: schedule.publisher,
+        received_at: None,
+        subscriptions: Vec::new(),
+    })
+}
