@@ -1,6 +1,9 @@
 //! The connection to NATS, the names of our streams and subjects, and the streams' configuration.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use async_nats::{
     Client, ConnectOptions, Event, ServerAddr,
@@ -281,6 +284,11 @@ impl Nats {
         self.connected.clone()
     }
 
+    /// How many connections have been made. Unlike [`Nats::epoch`] it counts one before anything comes by it.
+    pub(crate) fn connections(&self) -> u64 {
+        self.client.statistics().connects.load(Ordering::Relaxed)
+    }
+
     /// Follows the moments from which core messages may have been missed.
     pub fn epoch(&self) -> watch::Receiver<u64> {
         self.epoch.clone()
@@ -292,8 +300,8 @@ impl Nats {
         let inbox = self.client.new_inbox();
         let mut answer = self.client.subscribe(inbox.clone()).await.during(OPERATION)?;
         self.client.publish(inbox, Bytes::new()).await.during(OPERATION)?;
-        tokio::time::timeout(ROUND_TRIP, answer.next()).await.during(OPERATION)?;
-        Ok(())
+        let answered = tokio::time::timeout(ROUND_TRIP, answer.next()).await.during(OPERATION)?;
+        answered.map(drop).ok_or("the client is closed").during(OPERATION)
     }
 
     /// Sends what is buffered (the last acknowledgements), for at most two seconds.

@@ -2,8 +2,12 @@
 //!
 //! A hint saves latency and nothing else. Whoever listens also looks by itself from time to time, so that a
 //! transport which is away, or a hint which is lost, delays but never stops.
+//!
+//! Who has to rely on hints makes sure of them, on both sides: an announcement fails if it cannot be made, and
+//! [`Current`] says whether all that was announced has been heard.
 
 mod compose;
+mod current;
 mod memory;
 mod nats;
 mod outgoing;
@@ -16,45 +20,61 @@ use async_trait::async_trait;
 use futures::{StreamExt as _, stream::BoxStream};
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 pub use self::{
-    compose::Compose, memory::MemoryNotifier, nats::NatsNotifier, polling::Polling,
+    compose::Compose,
+    current::{Current, MAX_AGE, SETTLED},
+    memory::MemoryNotifier,
+    nats::NatsNotifier,
+    polling::Polling,
     postgres::PostgresNotifier,
 };
 use crate::{
-    config::{Common, NotifyStrategy},
+    config::{Backend, Common, NotifyStrategy},
     ids::{ConnectionId, DeliveryId},
     nats::{Nats, NatsError},
+    pg::StoreError,
 };
 
 /// An idle scheduler looks this often for deliveries that are due. Whoever stores one that is due sooner
 /// sends [`Hint::Due`].
 pub const DUE_IDLE: Duration = Duration::from_secs(5);
 
+/// How long an announcement may take.
+const ANNOUNCED: Duration = Duration::from_secs(2);
+
 /// Something that happened elsewhere. It may come twice, late, or not at all; nothing may depend on it but
-/// latency.
+/// latency, unless [`Current`] is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Hint {
     /// A connection was changed or deleted.
     ConnectionChanged(ConnectionId),
-    /// A delivery was acknowledged or cancelled through the API: workers that hold it drop it.
+    /// A delivery was acknowledged through the API: workers that hold it drop it, unless it was replayed since.
     Closed(DeliveryId),
+    /// A delivery was cancelled, which is for good.
+    Cancelled(DeliveryId),
     /// A stored delivery became due, or will be within [`DUE_IDLE`].
     Due,
     /// The queue of the Postgres backend has something new.
     Enqueued,
+    /// Says nothing. Whoever announced it and hears it has heard all that was announced before; see [`Current`].
+    Probe(Uuid),
     /// Hints may have been lost: whatever was kept in memory on their strength is to be read again.
     Missed,
 }
 
-/// One line, the same on every transport: `connection <uuid>`, `closed <uuid>`, `due`, `enqueued`, `missed`.
+/// One line, the same on every transport: `connection <uuid>`, `closed <uuid>`, `cancelled <uuid>`, `due`,
+/// `enqueued`, `probe <uuid>`, `missed`.
 impl fmt::Display for Hint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::ConnectionChanged(id) => write!(f, "connection {id}"),
             Self::Closed(id) => write!(f, "closed {id}"),
+            Self::Cancelled(id) => write!(f, "cancelled {id}"),
             Self::Due => f.write_str("due"),
             Self::Enqueued => f.write_str("enqueued"),
+            Self::Probe(id) => write!(f, "probe {id}"),
             Self::Missed => f.write_str("missed"),
         }
     }
@@ -68,12 +88,38 @@ impl Hint {
         match words.next()? {
             "connection" => words.next()?.parse().ok().map(Self::ConnectionChanged),
             "closed" => words.next()?.parse().ok().map(Self::Closed),
+            "cancelled" => words.next()?.parse().ok().map(Self::Cancelled),
             "due" => Some(Self::Due),
             "enqueued" => Some(Self::Enqueued),
+            "probe" => words.next()?.parse().ok().map(Self::Probe),
             "missed" => Some(Self::Missed),
             _ => None,
         }
     }
+}
+
+/// Why hints could not be announced. Some may have been.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AnnounceError {
+    /// There is nothing that could bring a probe back.
+    #[error("announce hints: no transport carries them")]
+    NoTransport,
+    /// There is no connection to NATS.
+    #[error("announce hints: not connected to NATS")]
+    NotConnected,
+    /// The connection to NATS was replaced meanwhile, and what was sent by the old one may be lost.
+    #[error("announce hints: the connection to NATS broke")]
+    Interrupted,
+    /// The transport did not answer in time.
+    #[error("announce hints: no answer in time")]
+    TimedOut,
+    /// NATS.
+    #[error("announce hints")]
+    Nats(#[source] NatsError),
+    /// Postgres.
+    #[error("announce hints")]
+    Store(#[source] StoreError),
 }
 
 /// Sends and receives hints.
@@ -82,6 +128,11 @@ pub trait Notifier: Send + Sync + fmt::Debug {
     /// Tells everyone who listens, this process included. Best effort, and never a wait for a transport that
     /// is away: a failure is logged, not returned.
     async fn notify(&self, hint: Hint);
+
+    /// Tells everyone who listens, and returns when the transport has it: a listener hears these hints, or
+    /// [`Hint::Missed`], before any [`Hint::Probe`] that is announced later, whoever announces it. What the hints are
+    /// about must be committed by then. Takes two seconds at most.
+    async fn announce(&self, hints: &[Hint]) -> Result<(), AnnounceError>;
 
     /// The hints from now on; never ends. The first is [`Hint::Missed`], and another one follows whenever
     /// hints may have been lost, also once a transport that was away is there.
@@ -124,7 +175,12 @@ pub async fn connect(
         NotifyStrategy::Nats => over_nats().await?,
         NotifyStrategy::Postgres => over_postgres(),
         NotifyStrategy::Auto | NotifyStrategy::Compose => {
-            Arc::new(Compose::new(vec![over_nats().await?, over_postgres()]))
+            // Where the deliveries are nothing goes without that server anyway: it has the word.
+            let (nats, postgres) = (over_nats().await?, over_postgres());
+            Arc::new(match common.backend {
+                Backend::Jetstream => Compose::new(nats, vec![postgres]),
+                Backend::Postgres | Backend::Memory => Compose::new(postgres, vec![nats]),
+            })
         }
         NotifyStrategy::Memory => Arc::new(MemoryNotifier::default()),
     })
@@ -143,7 +199,9 @@ mod tests {
         let id = any::<u128>().prop_map(Uuid::from_u128);
         prop_oneof![
             id.clone().prop_map(|id| Hint::ConnectionChanged(id.into())),
-            id.prop_map(|id| Hint::Closed(id.into())),
+            id.clone().prop_map(|id| Hint::Closed(id.into())),
+            id.clone().prop_map(|id| Hint::Cancelled(id.into())),
+            id.prop_map(Hint::Probe),
             Just(Hint::Due),
             Just(Hint::Enqueued),
             Just(Hint::Missed),
@@ -159,8 +217,8 @@ mod tests {
         }
 
         #[test]
-        fn garbage_is_no_hint(line in "\\PC{0,80}", word in "connection|closed|due|paused|") {
-            let known = ["connection", "closed", "due", "enqueued", "missed"];
+        fn garbage_is_no_hint(line in "\\PC{0,80}", word in "connection|closed|cancelled|probe|due|paused|") {
+            let known = ["connection", "closed", "cancelled", "due", "enqueued", "probe", "missed"];
             let read = Hint::parse(&line);
             prop_assert!(read.is_none() || known.contains(&line.split_whitespace().next().unwrap()));
             let _ = Hint::parse(&format!("{word} {line}"));

@@ -56,13 +56,13 @@ fn the_page_has_the_transitions_of_the_state_machine() {
         written.extend(each);
     }
 
-    // No request cancels an open delivery yet.
     let steps = [
         (Step::Succeeded, "succeeded"),
         (Step::Postponed, "postponed"),
         (Step::GivenUp, "given up"),
         (Step::Returned, "due"),
         (Step::Ack, "acknowledged"),
+        (Step::Cancel, "cancelled"),
         (Step::Replay, "replayed"),
         (Step::Discard, "discarded"),
     ];

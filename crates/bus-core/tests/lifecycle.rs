@@ -106,7 +106,9 @@ impl Scene {
         let last = LastAttempt::default();
         let pool = &self.pool;
         let close = async |closed| {
-            pg::close_deliveries(pool, key.organization, key.event, key.connection, closed).await.unwrap();
+            pg::close_deliveries(pool, key.organization, key.event, Some(key.connection), closed)
+                .await
+                .unwrap();
         };
         let settle = async |action| {
             let whose = Whose { organization: key.organization, only: None };

@@ -9,7 +9,7 @@ use bus_core::{
     config::NatsConfig,
     ids::{DeliveryId, Ids as _, SystemIds},
     nats::Nats,
-    notify::{Compose, Hint, NatsNotifier, Notifier, PostgresNotifier},
+    notify::{Compose, Current, Hint, MemoryNotifier, NatsNotifier, Notifier, Polling, PostgresNotifier},
 };
 use devkit::{
     servers::{Durability, NatsServer, PostgresServer, Tools, connect_nats, shared_servers},
@@ -160,7 +160,7 @@ async fn another_deployment_hears_nothing_and_what_is_not_understood_is_ignored(
     let prefix = devkit::random_token(6);
     let nats = over_nats(servers.nats_url(), &prefix).await;
     let postgres = over_postgres(servers.postgres_url(), &prefix);
-    let both: Arc<dyn Notifier> = Arc::new(Compose::new(vec![nats, postgres]));
+    let both: Arc<dyn Notifier> = Arc::new(Compose::new(nats, vec![postgres]));
     let mut heard = Heard::by(&both);
     let strangers = devkit::random_token(6);
     let stranger = over_nats(servers.nats_url(), &strangers).await;
@@ -239,13 +239,131 @@ async fn of_two_transports_one_may_be_away() {
     let mut nats = NatsServer::private(&tools).await.unwrap();
     nats.kill().await.unwrap();
     let prefix = devkit::random_token(6);
-    let both: Arc<dyn Notifier> = Arc::new(Compose::new(vec![
+    let both: Arc<dyn Notifier> = Arc::new(Compose::new(
         over_nats(&nats.url(), &prefix).await,
-        over_postgres(servers.postgres_url(), &prefix),
-    ]));
+        vec![over_postgres(servers.postgres_url(), &prefix)],
+    ));
     let mut heard = Heard::by(&both);
     flows("hints without NATS", &both, &mut heard).await;
     nats.restart().await.unwrap();
     let mut by_nats = Heard::by(&over_nats(&nats.url(), &prefix).await);
     flows("hints by NATS", &both, &mut by_nats).await;
+}
+
+/// The probe that comes back proves that everything before it came.
+async fn whoever_catches_up_has_heard_it(sender: Arc<dyn Notifier>, listener: Arc<dyn Notifier>) {
+    const ROUNDS: usize = 1_000;
+    flows("the first hints", &sender, &mut Heard::by(&listener)).await;
+    let mut hints = listener.listen();
+    assert_eq!(hints.next().await, Some(Hint::Missed), "it listens from now on");
+    for round in 0..ROUNDS {
+        let news = [Hint::Cancelled(DeliveryId(SystemIds.next())), fresh()];
+        sender.announce(&news).await.unwrap();
+        let current = Current::new(Arc::clone(&listener), Arc::new(SystemIds));
+        let mut heard = Vec::new();
+        let following = async {
+            loop {
+                let hint = hints.next().await.unwrap();
+                heard.push(hint);
+                if let Hint::Probe(probe) = hint
+                    && current.awaits(probe)
+                {
+                    return current.heard(probe, true);
+                }
+            }
+        };
+        // Whether it was quick enough to be of use is a matter of the machine.
+        let _ = timeout_at(Instant::now() + DEADLINE, async { tokio::join!(current.catch_up(), following) })
+            .await
+            .unwrap();
+        assert!(news.iter().all(|hint| heard.contains(hint)), "round {round}: {heard:?}");
+    }
+}
+
+#[tokio::test]
+async fn with_nats_whoever_catches_up_has_heard_what_was_announced() {
+    let servers = shared_servers().await.unwrap();
+    let prefix = devkit::random_token(6);
+    let sender = over_nats(servers.nats_url(), &prefix).await;
+    whoever_catches_up_has_heard_it(sender, over_nats(servers.nats_url(), &prefix).await).await;
+}
+
+#[tokio::test]
+async fn with_postgres_whoever_catches_up_has_heard_what_was_announced() {
+    let servers = shared_servers().await.unwrap();
+    let prefix = devkit::random_token(6);
+    let sender = over_postgres(servers.postgres_url(), &prefix);
+    whoever_catches_up_has_heard_it(sender, over_postgres(servers.postgres_url(), &prefix)).await;
+}
+
+#[tokio::test]
+async fn with_both_whoever_catches_up_has_heard_what_was_announced() {
+    let servers = shared_servers().await.unwrap();
+    let prefix = devkit::random_token(6);
+    let both = async || {
+        let nats = over_nats(servers.nats_url(), &prefix).await;
+        let both = Compose::new(over_postgres(servers.postgres_url(), &prefix), vec![nats]);
+        Arc::new(both) as Arc<dyn Notifier>
+    };
+    whoever_catches_up_has_heard_it(both().await, both().await).await;
+}
+
+#[tokio::test]
+async fn in_memory_whoever_catches_up_has_heard_what_was_announced() {
+    let notifier = MemoryNotifier::default();
+    whoever_catches_up_has_heard_it(Arc::new(notifier.clone()), Arc::new(notifier)).await;
+}
+
+/// Whoever was cut off hears that, or what was announced meanwhile, before the first probe that comes back.
+#[tokio::test]
+async fn no_probe_hides_what_was_lost_with_a_connection() {
+    let tools = Tools::locate().unwrap();
+    let mut server = NatsServer::private(&tools).await.unwrap();
+    let prefix = devkit::random_token(6);
+    let sender = over_nats(&server.url(), &prefix).await;
+    let listener = over_nats(&server.url(), &prefix).await;
+    let mut heard = Heard::by(&listener);
+    flows("the first hints", &sender, &mut heard).await;
+    for _ in 0..5 {
+        server.kill().await.unwrap();
+        wait_until("an announcement that fails", DEADLINE, || async {
+            sender.announce(&[fresh()]).await.err().ok_or("it was made")
+        })
+        .await;
+        heard.so_far();
+        server.restart().await.unwrap();
+        let news = fresh();
+        wait_until("the news", DEADLINE, || sender.announce(std::slice::from_ref(&news))).await;
+        let (mut probes, mut all) = (Vec::new(), Vec::new());
+        let back = wait_until("a probe", DEADLINE, || {
+            all.extend(heard.so_far());
+            let back = all.iter().position(|hint| probes.contains(hint));
+            let probe = Hint::Probe(SystemIds.next());
+            probes.push(probe);
+            let listener = &listener;
+            async move {
+                match back {
+                    Some(back) => Ok(back),
+                    None => Err(listener.announce(&[probe]).await),
+                }
+            }
+        })
+        .await;
+        let before = &all[..back];
+        assert!(before.contains(&Hint::Missed) || before.contains(&news), "{before:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_announced_is_an_error() {
+    let tools = Tools::locate().unwrap();
+    let mut postgres = PostgresServer::private(&tools, Durability::Fast).await.unwrap();
+    let by_postgres = over_postgres(&postgres.url("postgres"), "away");
+    by_postgres.announce(&[fresh()]).await.unwrap();
+    postgres.kill().await.unwrap();
+    by_postgres.announce(&[fresh()]).await.unwrap_err();
+    // Without hints everyone asks the database instead, where the news is; there is nothing to catch up with.
+    let polling = Polling::new(DEADLINE);
+    polling.announce(&[fresh()]).await.unwrap();
+    polling.announce(&[Hint::Probe(SystemIds.next())]).await.unwrap_err();
 }

@@ -128,7 +128,7 @@ impl Connections {
                 Hint::Missed => {
                     self.epoch.fetch_add(1, Ordering::AcqRel);
                 }
-                Hint::Closed(_) | Hint::Due | Hint::Enqueued => {}
+                Hint::Closed(_) | Hint::Cancelled(_) | Hint::Due | Hint::Enqueued | Hint::Probe(_) => {}
             }
         }
     }

@@ -6,6 +6,7 @@ use bus_core::{
     clock::Clock,
     connection::{Receiver, Target},
     delivery::{Delivery, DeliveryKey, Progress},
+    ids::Ids,
     launcher::BoxError,
     lifecycle::State,
     notify::{Hint, Notifier},
@@ -16,6 +17,7 @@ use bus_core::{
     sink::{AttemptReport, Outcome, Parcel, Sink},
 };
 use bytes::Bytes;
+use futures::future::join_all;
 use jiff::Timestamp;
 use metrics::{counter, histogram};
 use sqlx::PgPool;
@@ -26,7 +28,7 @@ use tracing::{debug, info, warn};
 use crate::{
     batching::Batcher,
     bodies::Bodies,
-    closed::ClosedDeliveries,
+    closed::{ClosedDeliveries, Turn},
     config::LoopConfig,
     connections::Connections,
     hold::{HANDED_OVER, Hold},
@@ -53,6 +55,8 @@ pub struct Parts {
     pub longest_gathering: Duration,
     /// The time.
     pub clock: Arc<dyn Clock>,
+    /// New ids.
+    pub ids: Arc<dyn Ids>,
     /// In `0.0..1.0`; chooses the jitter.
     pub random: fn() -> f64,
     /// For what runs beside the deliveries.
@@ -90,6 +94,7 @@ impl std::fmt::Debug for Deliverer {
 struct InHand {
     hold: Hold,
     progress: Progress,
+    handed_out: u32,
     receiver: Arc<Receiver>,
     slot: OwnedSemaphorePermit,
 }
@@ -100,10 +105,11 @@ impl Deliverer {
         let (pool, settings, stop, tasks) = (&parts.pool, &parts.settings, &parts.stop, &parts.tasks);
         let ttl = Duration::from_secs(settings.connection_ttl_s);
         let connections = Connections::new(pool.clone(), settings.connection_cache, ttl);
-        let closed = ClosedDeliveries::new(pool.clone(), settings.lifetime());
+        let (hints, ids) = (Arc::clone(&parts.hints), Arc::clone(&parts.ids));
+        let closed = ClosedDeliveries::new(pool.clone(), hints, ids, settings.lifetime());
         let following = connections.clone().follow(Arc::clone(&parts.hints));
         tasks.spawn(stop.clone().run_until_cancelled_owned(following));
-        let following = closed.clone().follow(Arc::clone(&parts.hints));
+        let following = closed.clone().follow();
         tasks.spawn(stop.clone().run_until_cancelled_owned(following));
         let patience = Patience::new(stop.clone());
         let (queue, buffer) = (Arc::clone(&parts.queue), settings.receipt_buffer);
@@ -139,17 +145,12 @@ impl Deliverer {
             };
             return self.parking.park(park, hold).await;
         }
-        if self.closed.overrule(&key, progress, handed_out).await {
-            counter!("bus_deliveries_overruled").increment(1);
-            debug!(delivery.id = %key.id, turn = progress.turn, "Closed, or overtaken by a later turn");
-            return hold.ack().await;
-        }
         let prepared = if handed_out > self.parts.settings.max_handed_out {
             Some(Err(DeadReason::RedeliveredTooOften))
         } else if progress.turn > 0 && self.age(progress) > self.parts.settings.lifetime() {
             Some(Err(DeadReason::Expired))
         } else {
-            self.patience.insist(&hold, || self.prepare(&key, &body)).await
+            self.patience.insist(&[&hold], || self.prepare(&key, &body)).await
         };
         let (receiver, body) = match prepared {
             Some(Ok(prepared)) => prepared,
@@ -165,9 +166,9 @@ impl Deliverer {
         };
         let delivery = Delivery { key, body };
         let batch = receiver.rules.get(&key.subscription).and_then(|rules| rules.batch);
-        let in_hand = InHand { hold, progress, receiver: Arc::clone(&receiver), slot };
+        let in_hand = InHand { hold, progress, handed_out, receiver: Arc::clone(&receiver), slot };
         match batch {
-            None => self.attempt(&receiver, Parcel::Single(&delivery), vec![in_hand]).await,
+            None => self.attempt_wanted(&receiver, false, vec![delivery], vec![in_hand]).await,
             Some(policy) => {
                 let Some(batch) = self.batches.add(policy, delivery, in_hand).await else { return };
                 // Of several holds on one delivery the latest is the one that the queue knows.
@@ -177,9 +178,51 @@ impl Deliverer {
                 let latest =
                     in_hand.iter().map(|one| &one.receiver).max_by_key(|known| known.connection.version);
                 let receiver = latest.map_or(receiver, Arc::clone);
-                self.attempt(&receiver, Parcel::Batch(&batch.deliveries), in_hand).await;
+                self.attempt_wanted(&receiver, true, batch.deliveries, in_hand).await;
             }
         }
+    }
+
+    /// Attempts those that are still wanted, in one request. The others are closed, or a later turn has begun: they
+    /// are finished. At a stop all may be left to the queue.
+    async fn attempt_wanted(
+        &self,
+        receiver: &Receiver,
+        batched: bool,
+        deliveries: Vec<Delivery>,
+        in_hand: Vec<InHand>,
+    ) {
+        let turn = |one: &InHand| Turn {
+            key: one.hold.key,
+            progress: one.progress,
+            handed_out: one.handed_out,
+            age: self.age(one.progress),
+        };
+        let turns: Vec<Turn> = in_hand.iter().map(turn).collect();
+        let holds: Vec<&Hold> = in_hand.iter().map(|one| &one.hold).collect();
+        // Last, since a later answer may be another: whatever takes time is done by now.
+        let known = self.patience.insist(&holds, || async { Ok(self.closed.overruled(&turns).await?) }).await;
+        let Some(overruled) = known else {
+            join_all(in_hand.into_iter().map(|one| one.hold.put_back(HANDED_OVER))).await;
+            return;
+        };
+        let (over, wanted): (Vec<_>, Vec<_>) =
+            deliveries.into_iter().zip(in_hand).zip(overruled).partition(|(_, overruled)| *overruled);
+        let finished = over.into_iter().map(|((delivery, one), _)| async move {
+            counter!("bus_deliveries_overruled").increment(1);
+            debug!(delivery.id = %delivery.key.id, turn = one.progress.turn, "Closed, or overtaken by a later turn");
+            one.hold.ack().await;
+            drop(one.slot);
+        });
+        let (wanted, in_hand): (Vec<_>, Vec<_>) = wanted.into_iter().map(|(one, _)| one).unzip();
+        let attempted = async {
+            match &wanted[..] {
+                [] => {}
+                [one] if !batched => self.attempt(receiver, Parcel::Single(one), in_hand).await,
+                all => self.attempt(receiver, Parcel::Batch(all), in_hand).await,
+            }
+        };
+        tokio::join!(join_all(finished), attempted);
     }
 
     /// What an attempt needs, or the reason why there can be none.
@@ -224,7 +267,7 @@ impl Deliverer {
                 drop(slot);
             },
         );
-        futures::future::join_all(settled).await;
+        join_all(settled).await;
     }
 
     /// Draws the consequence of an attempt.
@@ -307,7 +350,8 @@ impl Deliverer {
     /// At a stop it may stay enabled; the delivery's next attempt then finds out again.
     async fn disable(&self, receiver: &Receiver, hold: &Hold) {
         let connection = &receiver.connection;
-        let disabled = self.patience.insist(hold, || async {
+        let held = [hold];
+        let disabled = self.patience.insist(&held, || async {
             let (organization, id, version) = (connection.organization, connection.id, connection.version);
             let reason = "the endpoint answered 410 (Gone)";
             Ok(pg::disable_connection(&self.parts.pool, organization, id, version, reason).await?)
@@ -323,7 +367,8 @@ impl Deliverer {
     /// meanwhile, or it is left to another worker.
     async fn give_up(&self, hold: Hold, dead: DeadLetter, body: Bytes) -> bool {
         let (key, turn) = (dead.key, dead.progress.turn);
-        let recorded = self.patience.insist(&hold, || async {
+        let held = [&hold];
+        let recorded = self.patience.insist(&held, || async {
             let standing = pg::standing(&self.parts.pool, key.id).await?;
             // Dead in this very turn: whoever recorded it did not come to the acknowledgement.
             let repeated = standing == Some((State::Dead, turn));

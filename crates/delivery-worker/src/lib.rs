@@ -49,6 +49,7 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
         lease: Duration::from_millis(ctx.common.nats.ack_wait_ms),
         longest_gathering: ctx.config.longest_gathering(&ctx.common),
         clock: Arc::clone(&ctx.clock),
+        ids: Arc::clone(&ctx.ids),
         random: rand::random::<f64>,
         tasks: ctx.tasks.clone(),
         stop: ctx.stop.clone(),

@@ -24,34 +24,36 @@ impl Patience {
         Self { stop }
     }
 
-    /// Repeats `attempt` until it succeeds, extending the hold meanwhile. `None` at the stop, and for an error
-    /// that does not pass by itself: whoever puts the delivery back then gets rid of it, and of its slot, until it
-    /// was handed out too often.
-    pub(crate) async fn insist<T, F>(&self, hold: &Hold, mut attempt: impl FnMut() -> F) -> Option<T>
+    /// Repeats `attempt` until it succeeds, extending the holds of those that wait for it. `None` at the stop, and for
+    /// an error that does not pass by itself: whoever puts the deliveries back then gets rid of them, and of their
+    /// slots, until they were handed out too often.
+    pub(crate) async fn insist<T, F>(&self, holds: &[&Hold], mut attempt: impl FnMut() -> F) -> Option<T>
     where
         F: Future<Output = Result<T, BoxError>>,
     {
         let mut said = false;
+        // One of a batch stands for all.
+        let first = holds.first().map(|hold| tracing::field::display(hold.key.id));
         loop {
-            match held_during(&[hold], attempt()).await {
+            match held_during(holds, attempt()).await {
                 Ok(done) => {
                     if said {
-                        info!(delivery.id = %hold.key.id, "The delivery goes on");
+                        info!(delivery.id = first, "The delivery goes on");
                     }
                     return Some(done);
                 }
                 Err(failed) if !passes(failed.as_ref()) => {
-                    error!(delivery.id = %hold.key.id, error = %Chain(failed.as_ref()), "A delivery cannot go on");
+                    error!(delivery.id = first, error = %Chain(failed.as_ref()), "A delivery cannot go on");
                     return None;
                 }
                 Err(failed) if !said => {
-                    warn!(delivery.id = %hold.key.id, error = %Chain(failed.as_ref()), "A delivery is held until this works");
+                    warn!(delivery.id = first, error = %Chain(failed.as_ref()), "A delivery is held until this works");
                     said = true;
                 }
                 Err(_) => {}
             }
             self.wait().await?;
-            hold.extend().await;
+            join_all(holds.iter().map(|hold| hold.extend())).await;
         }
     }
 

@@ -156,6 +156,11 @@ fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>
                 ("/v1/events/secret-id/ack".into(), Some(body), NoSuchId("/connectionId")),
             ]
         }
+        "cancelEvent" => vec![
+            (format!("/v1/events/{event}/cancel"), None, NotFound),
+            // The stranger's own of the same id, for which nobody waits.
+            ("/v1/events/secret-id/cancel".into(), None, Own(200)),
+        ],
         "replayEvent" => {
             let body = json!({ "subscriptionId": subscription });
             vec![

@@ -13,7 +13,7 @@ use devkit::{
     stack::{Backend, Stack, StackOptions},
     wait_until,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use system_tests::{Tenant, all_arrived, arrivals};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -55,6 +55,8 @@ async fn a_nats_that_is_away_at_the_start_delays_nothing_where_postgres_carries_
     tenant.receive(&receiver, "/hinted", ">").await.unwrap();
     let took = one_by_one(&tenant, &receiver, "/hinted", 10).await;
     assert!(took < Duration::from_secs(10), "ten events took {took:?}");
+    let event = tenant.publish_number("hinted.event", 10).await.unwrap();
+    tenant.api.post(&format!("/v1/events/{event}/cancel"), &Value::Null).await.unwrap().expect(200);
     nats.restart().await.unwrap();
     let took = one_by_one(&tenant, &receiver, "/hinted", 10).await;
     assert!(took < Duration::from_secs(10), "with NATS, ten events took {took:?}");

@@ -8,7 +8,7 @@ use futures::{
 };
 use tokio::sync::broadcast::{self, error::RecvError};
 
-use super::{Hint, Notifier};
+use super::{AnnounceError, Hint, Notifier};
 
 /// Hints that a slow listener may be behind; beyond it, it is told that it missed some.
 const BACKLOG: usize = 1024;
@@ -35,6 +35,11 @@ impl MemoryNotifier {
 impl Notifier for MemoryNotifier {
     async fn notify(&self, hint: Hint) {
         self.tell(hint);
+    }
+
+    async fn announce(&self, hints: &[Hint]) -> Result<(), AnnounceError> {
+        hints.iter().for_each(|hint| self.tell(*hint));
+        Ok(())
     }
 
     fn listen(&self) -> BoxStream<'static, Hint> {

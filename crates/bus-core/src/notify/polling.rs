@@ -9,7 +9,7 @@ use futures::{
 };
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::{Hint, Notifier};
+use super::{AnnounceError, Hint, Notifier};
 
 /// Says nothing, and tells its listeners at an interval that they may have missed something. `LISTEN` needs
 /// a session of its own, which a pooler in transaction mode does not give.
@@ -28,6 +28,12 @@ impl Polling {
 #[async_trait]
 impl Notifier for Polling {
     async fn notify(&self, _: Hint) {}
+
+    /// There is nobody to tell: a probe fails, so that every listener asks the database, which has the news by now.
+    async fn announce(&self, hints: &[Hint]) -> Result<(), AnnounceError> {
+        let probes = hints.iter().any(|hint| matches!(hint, Hint::Probe(_)));
+        if probes { Err(AnnounceError::NoTransport) } else { Ok(()) }
+    }
 
     fn listen(&self) -> BoxStream<'static, Hint> {
         let mut ticks = interval(self.every);

@@ -9,8 +9,11 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Hint, MemoryNotifier, Notifier, outgoing::Outgoing};
-use crate::{launcher::BoxError, telemetry::Chain};
+use super::{ANNOUNCED, AnnounceError, Hint, MemoryNotifier, Notifier, outgoing::Outgoing};
+use crate::{
+    pg::{During as _, StoreError},
+    telemetry::Chain,
+};
 
 /// Between two tries to listen while the database is away.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -39,7 +42,10 @@ impl PostgresNotifier {
     pub fn new(pool: PgPool, prefix: &str, stop: CancellationToken) -> Self {
         let channel = format!("{prefix}_hints");
         let (sender, to) = (pool.clone(), channel.clone());
-        let outgoing = Outgoing::start("postgres", move |hints| send(sender.clone(), to.clone(), hints));
+        let outgoing = Outgoing::start("postgres", move |hints| {
+            let (pool, channel) = (sender.clone(), to.clone());
+            async move { Ok(send(&pool, &channel, &hints).await?) }
+        });
         let heard = MemoryNotifier::default();
         Self { pool, channel, outgoing, heard, listening: Once::new(), stop }
     }
@@ -49,6 +55,12 @@ impl PostgresNotifier {
 impl Notifier for PostgresNotifier {
     async fn notify(&self, hint: Hint) {
         self.outgoing.put(hint);
+    }
+
+    /// Listeners hear in the order of the commits.
+    async fn announce(&self, hints: &[Hint]) -> Result<(), AnnounceError> {
+        let sent = timeout(ANNOUNCED, send(&self.pool, &self.channel, hints)).await;
+        sent.map_err(|_| AnnounceError::TimedOut)?.map_err(AnnounceError::Store)
     }
 
     fn listen(&self) -> BoxStream<'static, Hint> {
@@ -67,13 +79,14 @@ impl Notifier for PostgresNotifier {
 
 /// One statement for all of them: every `NOTIFY` takes a lock at its commit that all databases of the server
 /// share.
-async fn send(pool: PgPool, channel: String, hints: Vec<Hint>) -> Result<(), BoxError> {
+async fn send(pool: &PgPool, channel: &str, hints: &[Hint]) -> Result<(), StoreError> {
     let lines: Vec<String> = hints.iter().map(Hint::to_string).collect();
     sqlx::query("SELECT pg_notify($1, line) FROM UNNEST($2::text[]) AS line")
         .bind(channel)
         .bind(lines)
-        .execute(&pool)
-        .await?;
+        .execute(pool)
+        .await
+        .during("send hints")?;
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 //! Each has one row in `delivery_states`, and every transition is one guarded upsert of it; the state
 //! machine is [`State`](crate::lifecycle::State).
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -259,70 +259,83 @@ pub async fn bury(pool: &PgPool, dead: &DeadLetter) -> Result<bool, StoreError> 
 
 /// Where a delivery stands, and since which turn; `None` if it never left the straight path.
 pub async fn standing(pool: &PgPool, delivery: DeliveryId) -> Result<Option<(State, i64)>, StoreError> {
-    const OPERATION: &str = "read where a delivery stands";
-    let row = sqlx::query("SELECT state, turn FROM delivery_states WHERE delivery_id = $1")
-        .bind(delivery.0)
-        .fetch_optional(pool)
-        .await
-        .during(OPERATION)?;
-    row.map(|row| {
-        let text: String = row.try_get("state").during(OPERATION)?;
-        let state = text.parse().map_err(|()| StoreError::Inconsistent {
-            table: "delivery_states",
-            id: delivery.to_string(),
-            problem: format!("unknown state {text}"),
-        })?;
-        Ok((state, row.try_get("turn").during(OPERATION)?))
-    })
-    .transpose()
+    Ok(standings(pool, &[delivery]).await?.remove(&delivery))
 }
 
-/// Closes the deliveries of an event to a connection that are still open, as far as is known: those without a
-/// row may be delivered already. Answers which are closed now, by this call or an earlier one; `None` if the
-/// organization has no such event.
+/// Where these deliveries stand, and since which turn. Those that never left the straight path are not among them.
+pub async fn standings(
+    pool: &PgPool,
+    deliveries: &[DeliveryId],
+) -> Result<HashMap<DeliveryId, (State, i64)>, StoreError> {
+    const OPERATION: &str = "read where deliveries stand";
+    let rows =
+        sqlx::query("SELECT delivery_id, state, turn FROM delivery_states WHERE delivery_id = ANY($1)")
+            .bind(deliveries.iter().map(|id| id.0).collect::<Vec<_>>())
+            .fetch_all(pool)
+            .await
+            .during(OPERATION)?;
+    rows.iter()
+        .map(|row| {
+            let delivery = DeliveryId(row.try_get("delivery_id").during(OPERATION)?);
+            let text: String = row.try_get("state").during(OPERATION)?;
+            let state = text.parse().map_err(|()| StoreError::Inconsistent {
+                table: "delivery_states",
+                id: delivery.to_string(),
+                problem: format!("unknown state {text}"),
+            })?;
+            Ok((delivery, (state, row.try_get("turn").during(OPERATION)?)))
+        })
+        .collect()
+}
+
+/// Closes the deliveries of an event to a connection, or to all of them, that are still open, as far as is known:
+/// those without a row may be delivered already. Answers which are closed now, by this call or an earlier one;
+/// `None` if the organization has no such event.
 pub async fn close_deliveries(
     pool: &PgPool,
     organization: OrganizationId,
     event: EventUid,
-    connection: ConnectionId,
+    only: Option<ConnectionId>,
     closed: Closed,
 ) -> Result<Option<Vec<DeliveryId>>, StoreError> {
     const OPERATION: &str = "close an event's deliveries";
+    let only = only.map(|connection| connection.0);
     let matched = sqlx::query(
-        "SELECT s.id
+        "SELECT s.id, s.connection_id
          FROM events e
          LEFT JOIN LATERAL UNNEST(e.subscriptions) AS m (id) ON true
-         LEFT JOIN subscriptions s ON s.id = m.id AND s.connection_id = $3
+         LEFT JOIN subscriptions s ON s.id = m.id AND ($3::uuid IS NULL OR s.connection_id = $3)
          WHERE e.uid = $1 AND e.organization_id = $2",
     )
     .bind(event.0)
     .bind(organization.0)
-    .bind(connection.0)
+    .bind(only)
     .fetch_all(pool)
     .await
     .during(OPERATION)?;
     if matched.is_empty() {
         return Ok(None);
     }
-    let subscriptions: Vec<Uuid> = matched
-        .iter()
-        .filter_map(|row| row.try_get::<Option<Uuid>, _>("id").transpose())
-        .collect::<Result<_, _>>()
-        .during(OPERATION)?;
-    let deliveries: Vec<Uuid> =
-        subscriptions.iter().map(|id| DeliveryId::derive(event, (*id).into()).0).collect();
+    let (mut deliveries, mut subscriptions, mut connections) = (Vec::new(), Vec::new(), Vec::new());
+    for row in &matched {
+        // An event that matched none of them has one row without a subscription.
+        let Some(subscription) = row.try_get::<Option<Uuid>, _>("id").during(OPERATION)? else { continue };
+        deliveries.push(DeliveryId::derive(event, subscription.into()).0);
+        subscriptions.push(subscription);
+        connections.push(row.try_get::<Uuid, _>("connection_id").during(OPERATION)?);
+    }
     let rows = sqlx::query(
         "WITH wanted AS (
-             SELECT delivery_id, subscription_id FROM UNNEST($4::uuid[], $5::uuid[]) AS m (delivery_id, subscription_id)
+             SELECT d, s, c FROM UNNEST($4::uuid[], $5::uuid[], $6::uuid[]) AS m (d, s, c)
              UNION
              -- replayed to a subscription that did not match when the event was published
-             SELECT delivery_id, subscription_id FROM delivery_states
-             WHERE event_uid = $1 AND organization_id = $2 AND connection_id = $3
+             SELECT delivery_id, subscription_id, connection_id FROM delivery_states
+             WHERE event_uid = $1 AND organization_id = $2 AND ($3::uuid IS NULL OR connection_id = $3)
          )
          INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
                                            connection_version, state, turn, attempts, since)
-         SELECT w.delivery_id, $1, $2, w.subscription_id, $3, 0, $6, 0, 0, now() FROM wanted w
-         ORDER BY w.delivery_id
+         SELECT DISTINCT ON (w.d) w.d, $1, $2, w.s, w.c, 0, $7, 0, 0, now() FROM wanted w
+         ORDER BY w.d
          ON CONFLICT (delivery_id) DO UPDATE
              SET state = excluded.state, due_at = NULL, lease_until = '-infinity', changed_at = now()
              WHERE p.state IN ('waiting', 'queued') OR p.state = excluded.state
@@ -330,9 +343,10 @@ pub async fn close_deliveries(
     )
     .bind(event.0)
     .bind(organization.0)
-    .bind(connection.0)
+    .bind(only)
     .bind(deliveries)
     .bind(subscriptions)
+    .bind(connections)
     .bind(State::from(closed).as_str())
     .fetch_all(pool)
     .await
@@ -359,11 +373,15 @@ impl From<Closed> for State {
     }
 }
 
-/// At most `limit` deliveries that were closed in the last `within` seconds, the latest first.
-pub async fn closed_lately(pool: &PgPool, within_s: u64, limit: u32) -> Result<Vec<DeliveryId>, StoreError> {
+/// At most `limit` deliveries that were closed in the last `within` seconds, the latest first, and how.
+pub async fn closed_lately(
+    pool: &PgPool,
+    within_s: u64,
+    limit: u32,
+) -> Result<Vec<(DeliveryId, Closed)>, StoreError> {
     const OPERATION: &str = "read the closed deliveries";
     let rows = sqlx::query(
-        "SELECT delivery_id FROM delivery_states
+        "SELECT delivery_id, state = 'cancelled' AS cancelled FROM delivery_states
          WHERE state IN ('acked', 'cancelled') AND changed_at > now() - make_interval(secs => $1)
          ORDER BY changed_at DESC LIMIT $2",
     )
@@ -373,7 +391,10 @@ pub async fn closed_lately(pool: &PgPool, within_s: u64, limit: u32) -> Result<V
     .await
     .during(OPERATION)?;
     rows.iter()
-        .map(|row| row.try_get("delivery_id").map(DeliveryId))
+        .map(|row| {
+            let closed = if row.try_get("cancelled")? { Closed::Cancelled } else { Closed::Acked };
+            Ok((DeliveryId(row.try_get("delivery_id")?), closed))
+        })
         .collect::<Result<_, _>>()
         .during(OPERATION)
 }

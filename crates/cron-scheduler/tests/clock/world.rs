@@ -179,7 +179,10 @@ impl World {
     pub(crate) async fn occurrences(&self, id: ScheduleId) -> Vec<pg::Occurrence> {
         let page = PageRequest { after: None, limit: 1_000_000 };
         let mut occurrences =
-            pg::occurrences(&self.pool, id, pg::OccurrenceQuery::default(), page).await.unwrap().items;
+            pg::occurrences(&self.pool, self.organization, id, pg::OccurrenceQuery::default(), page)
+                .await
+                .unwrap()
+                .items;
         occurrences.reverse();
         occurrences
     }

@@ -65,7 +65,7 @@ pub(super) async fn ack(
     let organization = principal.organization;
     let event = find(&api, organization, &id, query.source.as_deref()).await?;
     let connection = acting_for(&api, &principal, body.connection_id).await?;
-    let acked = pg::close_deliveries(&api.pool, organization, event, connection, Closed::Acked)
+    let acked = pg::close_deliveries(&api.pool, organization, event, Some(connection), Closed::Acked)
         .await?
         .ok_or_else(Problem::not_found)?;
     if acked.is_empty() {

@@ -193,6 +193,8 @@ requirements! {
     Manage = Subscribe;
     /// Connections and subscriptions, to read them.
     Look = Subscribe | Read;
+    /// Events, to take them back.
+    TakeBack = Publish;
     /// History.
     History = Read;
     /// What is published later, to change it.

@@ -2,6 +2,7 @@
 
 mod acks;
 pub mod auth;
+mod cancel;
 mod connections;
 mod dead_letters;
 mod deliveries;
@@ -97,6 +98,7 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(history::get))
         .routes(routes!(deliveries::list))
         .routes(routes!(acks::ack))
+        .routes(routes!(cancel::cancel))
         .routes(routes!(replays::replay_event))
         .routes(routes!(schedules::list))
         .routes(routes!(schedules::get))

@@ -148,6 +148,8 @@ problem_sets! {
         UnsupportedMediaType, InvalidFields, Overloaded;
     /// Reading an event.
     EventProblems = NotFound, AmbiguousEvent, InvalidFields;
+    /// Cancelling an event.
+    CancelProblems = NotFound, AmbiguousEvent, InvalidFields, Unconfirmed;
     /// Acknowledging an event.
     AckProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, AmbiguousEvent, TooLarge,
         UnsupportedMediaType, InvalidFields, Overloaded;

@@ -17,7 +17,7 @@ pub const PROBLEM_JSON: &str = "application/problem+json";
 /// What every problem's `type` starts with. A URN of our own needs no server and never moves.
 pub const TYPE_PREFIX: &str = "urn:event-bus:problem:";
 
-/// How long a client waits when the database is away.
+/// How long a client waits when the database, or what carries hints, is away.
 const UNAVAILABLE_RETRY: Duration = Duration::from_secs(2);
 
 macro_rules! problems {
@@ -100,6 +100,8 @@ problems! {
         "An error of the event bus itself; the log has it under the `requestId`.";
     Overloaded "overloaded" SERVICE_UNAVAILABLE "There is too much to do"
         "Nothing was done, for want of room. `Retry-After` says when to try again.";
+    Unconfirmed "unconfirmed" SERVICE_UNAVAILABLE "It is not certain yet that everyone knows"
+        "What was asked for is recorded, but not every process could be told. `Retry-After` says when to repeat the request, which makes sure.";
     Unavailable "unavailable" SERVICE_UNAVAILABLE "The database is away"
         "It is not known whether the request took effect. `Retry-After` says when to try again.";
 }
@@ -224,6 +226,11 @@ impl Problem {
     /// There is no room now. Nothing was done.
     pub fn overloaded(detail: impl Into<String>, retry_after: Duration) -> Self {
         Self { retry_after: Some(retry_after), ..Self::new(ProblemType::Overloaded, detail) }
+    }
+
+    /// It is recorded, but not certain to be known everywhere.
+    pub fn unconfirmed(detail: impl Into<String>) -> Self {
+        Self { retry_after: Some(UNAVAILABLE_RETRY), ..Self::new(ProblemType::Unconfirmed, detail) }
     }
 
     /// The fault of the event bus.

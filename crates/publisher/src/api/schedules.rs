@@ -299,7 +299,6 @@ async fn tell(api: &Api, schedule: &Schedule) {
 
 /// What [`cancel_unpublished`] has cancelled.
 #[derive(Debug)]
-#[allow(dead_code, reason = "the cancellation of events is to ask")]
 pub(super) enum Unpublished {
     /// A schedule. It may have been over before.
     Schedule(ScheduleId),
@@ -310,7 +309,6 @@ pub(super) enum Unpublished {
 /// Cancels what `id` names, if that is a schedule or an event that is due later; once this has returned, nothing of it is
 /// published any more. None if it is neither, or was published in the meantime. What the principal may not change does
 /// not exist for it.
-#[allow(dead_code, reason = "the cancellation of events is to ask")]
 pub(super) async fn cancel_unpublished(
     api: &Api,
     principal: &Principal,

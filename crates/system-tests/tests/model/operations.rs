@@ -240,13 +240,17 @@ impl Run {
         let of_connection: Vec<DeliveryId> =
             event.iter().filter(|key| key.connection == chosen.connection).map(|key| key.id).collect();
         let (pool, organization) = (&self.world.pool, self.world.organization);
-        let ids = pg::close_deliveries(pool, organization, chosen.event, chosen.connection, closed)
+        let ids = pg::close_deliveries(pool, organization, chosen.event, Some(chosen.connection), closed)
             .await
             .unwrap()
             .expect("the event is stored");
         self.world.queue.withdraw(&ids).await.unwrap();
+        let hint = match closed {
+            Closed::Acked => Hint::Closed,
+            Closed::Cancelled => Hint::Cancelled,
+        };
         for id in &ids {
-            self.world.hints.notify(Hint::Closed(*id)).await;
+            self.world.hints.notify(hint(*id)).await;
         }
         for id in of_connection {
             let truth = self.truth.of(id);

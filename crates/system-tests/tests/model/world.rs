@@ -261,6 +261,7 @@ fn worker(
         lease: LEASE,
         longest_gathering: Duration::ZERO,
         clock: Arc::new(SystemClock),
+        ids: Arc::new(SystemIds),
         random: || 0.0,
         tasks: tasks.clone(),
         stop: stop.clone(),
