@@ -221,7 +221,11 @@ async fn a_worker_that_stood_still_begins_with_what_it_missed(backend: Backend) 
 /// The hints are lost with the broker's connections; the messages are not.
 #[tokio::test]
 async fn hints_that_were_lost_are_made_up_for() {
-    let mut bus = Bus::with(StackOptions::default().servers(ServerChoice::Own(Durability::Fast))).await;
+    let options = StackOptions::default()
+        .servers(ServerChoice::Own(Durability::Fast))
+        .role_env(Role::DeliveryWorker, "EVENT_BUS_SINK__MAX_TIMEOUT_MS", QUICK_TIMEOUT_MS)
+        .env("EVENT_BUS_NATS__ACK_WAIT_MS", QUICK_ACK_WAIT_MS);
+    let mut bus = Bus::with(options).await;
     bus.tenant.receive(&bus.receiver, "/all", "order").await.unwrap();
     let first = bus.publish("order", 20).await;
     all_arrived(&bus.receiver, &["/all"], &first.into_iter().collect()).await;
