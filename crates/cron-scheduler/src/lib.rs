@@ -146,7 +146,7 @@ async fn refresh_time_zones(pool: &PgPool, stop: &CancellationToken) {
         match pg::refresh_time_zones(pool, REFRESHED).await {
             Ok(0) => return,
             Ok(schedules) => {
-                info!(schedules, version = tz_version(), "Ticks computed with new time zone data")
+                info!(schedules, version = tz_version(), "Ticks computed with new time zone data");
             }
             Err(failed) => {
                 return warn!(error = %Chain(&failed), "Ticks stay as computed with older time zone data");
