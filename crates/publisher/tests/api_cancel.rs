@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Bus, Caller, Check as _, Tenant, deliveries::Published, problem};
+use common::{Bus, Caller, Check as _, Tenant, ahead, deliveries::Published, problem};
 use devkit::client::Reply;
 use http::Method;
 use serde_json::{Value, json};
@@ -171,4 +171,40 @@ async fn who_may_cancel_what() {
     problem(&cancel(api, "twice").await, 409, "ambiguous-event");
     cancel(api, "twice?source=/shop").await.is(200);
     scene.end().await;
+}
+
+/// What is not published yet is cancelled by the same request: a schedule, and an event that is due later.
+#[tokio::test(flavor = "multi_thread")]
+async fn schedules_and_events_that_are_due_later_are_cancelled_too() {
+    let bus = Bus::start().await;
+    let tenant = bus.tenant("acme").await;
+    let stranger = bus.tenant("stranger").await;
+    let (api, pool) = (&tenant.api, bus.stack.owner_pool().await.unwrap());
+    let (shop, other) = (tenant.publisher("shop").await, tenant.publisher("other").await);
+    let shops = tenant.key(json!({ "scopes": ["publish"], "connectionId": shop })).await;
+    let others = tenant.key(json!({ "scopes": ["publish"], "connectionId": other })).await;
+    let schedule = shops.post("/v1/events", json!({ "type": "t", "cron": "@daily" })).await.expect(201);
+    let due = ahead(&pool, 600).await;
+    let waiting =
+        shops.post("/v1/events", json!({ "type": "t", "id": "w", "deliverAt": due })).await.expect(202);
+    let published = shops.post("/v1/events", json!({ "type": "t", "id": "p" })).await.expect(202);
+    for id in [schedule.id(), waiting.text("/uid"), "w", published.text("/uid")] {
+        let path = format!("/v1/events/{id}/cancel");
+        for foreign in [&stranger.api, &others] {
+            problem(&foreign.bare(&path).await, 404, "not-found");
+        }
+    }
+    assert_eq!(api.get(&format!("/v1/schedules/{}", schedule.id())).await.body["state"], "active");
+    assert_eq!(api.get("/v1/events/w").await.body["status"], "scheduled");
+    for _ in 0..2 {
+        for id in [schedule.id(), "w", waiting.text("/uid"), published.text("/uid")] {
+            shops.bare(&format!("/v1/events/{id}/cancel")).await.is(200);
+        }
+        assert_eq!(api.get(&format!("/v1/schedules/{}", schedule.id())).await.body["state"], "cancelled");
+        assert_eq!(api.get("/v1/events/w").await.body["status"], "cancelled");
+        assert_eq!(api.get("/v1/events/p").await.body["status"], "published");
+    }
+    problem(&api.bare("/v1/events/none/cancel").await, 404, "not-found");
+    pool.close().await;
+    bus.stop().await;
 }
