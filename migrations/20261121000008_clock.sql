@@ -24,6 +24,7 @@ CREATE INDEX scheduled_events_due ON scheduled_events (due_at, uid) WHERE cancel
 CREATE INDEX scheduled_events_page ON scheduled_events (organization_id, uid);
 CREATE INDEX scheduled_events_id ON scheduled_events (organization_id, id);
 CREATE INDEX scheduled_events_over ON scheduled_events (cancelled_at) WHERE cancelled_at IS NOT NULL;
+CREATE INDEX scheduled_events_triggered ON scheduled_events (schedule_id) WHERE schedule_id IS NOT NULL;
 
 -- Events that recur. Every tick is accounted for: `next_tick` is the first one without a row in `occurrences`, and
 -- moves only in the transaction that writes those rows.
@@ -57,6 +58,8 @@ CREATE TABLE schedules (
     due_at          timestamptz,
     -- After an outage: late ticks before this one are to be fired all the same.
     catch_up_until  timestamptz,
+    -- When it was resumed last: ticks up to then that nobody came to are skipped as paused.
+    resumed_at      timestamptz,
     -- The latest occurrence that was published.
     last_event      uuid,
     -- The latest occurrence if it was skipped: more of the kind may be added to that row.

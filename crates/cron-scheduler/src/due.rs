@@ -27,6 +27,9 @@ pub(crate) const IDLE: Duration = DUE_IDLE;
 /// The shortest time between two questions, however many hints come.
 pub(crate) const SHORTEST: Duration = Duration::from_millis(20);
 
+/// After a look at something that is due and held by another scheduler.
+const HELD: Duration = Duration::from_millis(200);
+
 /// After an error.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -120,10 +123,11 @@ impl Loop {
     {
         let mut read = self.due.read.subscribe();
         while let Some(()) = self.stop.run_until_cancelled(self.until_due(&mut read)).await {
+            let mut found = false;
             loop {
                 self.beat.beat();
                 match look().await {
-                    Ok(Duration::ZERO) if !self.stop.is_cancelled() => {}
+                    Ok(Duration::ZERO) if !self.stop.is_cancelled() => found = true,
                     Ok(_) => break,
                     Err(failed) => {
                         warn!(what = self.what, error = %Chain(&failed), "What is due waits");
@@ -131,6 +135,10 @@ impl Loop {
                         break;
                     }
                 }
+            }
+            if !found {
+                // Another scheduler holds it. It is done soon, or the database takes it from whoever is stuck.
+                self.stop.run_until_cancelled(sleep(HELD)).await;
             }
             // What was read before says that it is due; only a new answer counts.
             read.mark_unchanged();

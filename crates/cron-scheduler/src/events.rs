@@ -62,8 +62,7 @@ impl<'f> ClaimedEvents<'f> {
     pub async fn claim(firing: &'f Firing, only: Option<EventUid>) -> Result<Option<Self>, StoreError> {
         let mut transaction = pg::begin(&firing.pool).await?;
         let limit = u32::try_from(MAX_EVENTS).unwrap_or(u32::MAX);
-        let bytes = i64::try_from(MAX_BYTES).unwrap_or(i64::MAX);
-        let events = pg::claim_due_events(&mut transaction, only, limit, bytes, HOLD_S).await?;
+        let events = pg::claim_due_events(&mut transaction, only, limit, MAX_BYTES.into(), HOLD_S).await?;
         Ok((!events.is_empty()).then_some(Self { firing, transaction, events }))
     }
 

@@ -26,8 +26,8 @@ use crate::SchedulerConfig;
 /// The most events of one transaction.
 pub(crate) const MAX_EVENTS: usize = 500;
 
-/// The most bytes of their bodies; one event may have more.
-pub(crate) const MAX_BYTES: usize = 16 * 1024 * 1024;
+/// The most bytes of their bodies, read or stored; one event may have more.
+pub(crate) const MAX_BYTES: u32 = 16 * 1024 * 1024;
 
 /// The most deliveries of one transaction; one event may make more.
 const MAX_DELIVERIES: usize = 50_000;
@@ -112,7 +112,8 @@ pub(crate) struct Budget {
 
 impl Budget {
     pub(crate) fn new() -> Self {
-        Self { events: MAX_EVENTS, bytes: MAX_BYTES, deliveries: MAX_DELIVERIES, used: false }
+        let bytes = usize::try_from(MAX_BYTES).unwrap_or(usize::MAX);
+        Self { events: MAX_EVENTS, bytes, deliveries: MAX_DELIVERIES, used: false }
     }
 
     /// How many events fit, all of this size and with so many deliveries; the first one always does.

@@ -3,11 +3,11 @@
 use std::{collections::HashSet, time::Duration};
 
 use bus_core::{
-    cloudevent::{CloudEvent, ExtensionValue},
+    cloudevent::CloudEvent,
     fanout::Target,
     ids::{EventUid, ScheduleId},
     pg::{self, NewEvent, Schedule, ScheduleState, StoreError, Visited},
-    schedule::{Bounds, Circumstances, Decision, Overlap, Position, Recurrence, SkipReason},
+    schedule::{Bounds, Circumstances, Decision, Overlap, Position, Recurrence, SkipReason, occurrence},
     telemetry::Chain,
 };
 use jiff::Timestamp;
@@ -17,14 +17,19 @@ use tracing::{error, warn};
 
 use crate::{
     due::IDLE,
-    firing::{Budget, Firing, HOLD_S, Stored, targets},
+    firing::{Budget, Firing, HOLD_S, MAX_BYTES, Stored, targets},
 };
 
 /// Schedules visited in one transaction.
 const SCHEDULES: u32 = 200;
 
-/// Ticks looked at in one visit. After a long outage a schedule has more, and is visited again.
-const MAX_LOOKED: usize = 10_000;
+/// Ticks looked at in one transaction, and in one visit to a schedule. After a long outage there are more, and
+/// schedules are visited again.
+const MAX_LOOKED: usize = 50_000;
+const MAX_LOOKED_OF_ONE: usize = 10_000;
+
+/// Ticks of one schedule that are fired in one visit: what one has to catch up does not hold up the others.
+const MAX_FIRED_OF_ONE: usize = 100;
 
 /// A schedule that cannot be read is put off for this long.
 const PUT_OFF_S: u32 = 60;
@@ -72,7 +77,8 @@ impl<'f> ClaimedSchedules<'f> {
     /// Claims the schedules that are due the longest, or only this one; none if none is due.
     pub async fn claim(firing: &'f Firing, only: Option<ScheduleId>) -> Result<Option<Self>, StoreError> {
         let mut transaction = pg::begin(&firing.pool).await?;
-        let (schedules, unfit) = pg::claim_schedules(&mut transaction, only, SCHEDULES, HOLD_S).await?;
+        let (schedules, unfit) =
+            pg::claim_schedules(&mut transaction, only, SCHEDULES, MAX_BYTES.into(), HOLD_S).await?;
         for (id, failed) in &unfit {
             error!(schedule.id = %id, error = %Chain(failed), "A schedule cannot be read");
         }
@@ -96,9 +102,10 @@ impl<'f> ClaimedSchedules<'f> {
             pg::with_open_deliveries(&mut transaction, &before).await?
         };
         let (mut budget, mut visits, mut matched) = (Budget::new(), Vec::new(), Vec::new());
+        let mut looked = 0;
         let deciding = || {
             for schedule in schedules {
-                if budget.events == 0 {
+                if budget.events == 0 || looked >= MAX_LOOKED {
                     break;
                 }
                 let Some((template, position)) = Template::of(&schedule).zip(schedule.position) else {
@@ -114,11 +121,13 @@ impl<'f> ClaimedSchedules<'f> {
                 }
                 let overlapping = schedule.last_event.is_some_and(|last| open.contains(&last));
                 let missed_after = Duration::from_secs(firing.config.scheduler.missed_after_s);
-                let bounds = Bounds { missed_after, max_fired, max_looked: MAX_LOOKED };
+                let max_looked = MAX_LOOKED_OF_ONE.min(MAX_LOOKED - looked);
+                let bounds = Bounds { missed_after, max_fired: max_fired.min(MAX_FIRED_OF_ONE), max_looked };
                 let found = Found { position, now, overlapping };
                 let visit = template.visit(&schedule, found, bounds);
                 let fired = template.events(&schedule, &visit, &targets);
                 budget.take(fired.len(), schedule.template.len(), targets.len());
+                looked += visit.looked();
                 count(&visit, now);
                 matched.extend(fired);
                 visits.push(visit);
@@ -181,9 +190,11 @@ impl Template {
             ScheduleState::Active | ScheduleState::Ended => None,
         };
         let Found { position, now, overlapping } = found;
-        let circumstances = Circumstances { now, closed, overlapping };
+        let circumstances = Circumstances { now, closed, paused_until: schedule.resumed_at, overlapping };
         let visit = rules.visit(&self.recurrence, schedule.id, position, circumstances, bounds);
-        let next = visit.position.map(|position| (position, rules.due(schedule.id, position.next_tick)));
+        // One that is not done yet queues up behind the others that are due.
+        let due = |position: Position| rules.due(schedule.id, position.next_tick).max(now);
+        let next = visit.position.map(|position| (position, due(position)));
         Visited {
             id: schedule.id,
             organization: schedule.organization,
@@ -212,10 +223,7 @@ impl Template {
 
     fn occurrence(&self, schedule: &Schedule, tick: Timestamp) -> NewEvent {
         let uid = EventUid::of_tick(schedule.id, tick);
-        let mut event = self.event.clone();
-        event.id = uid.to_string();
-        event.time = Some(tick);
-        event.extensions.extend(attributes(schedule.id, Some(tick)));
+        let event = occurrence(&self.event, schedule.id, uid, tick, Some(tick));
         NewEvent {
             uid,
             organization: schedule.organization,
@@ -230,15 +238,6 @@ impl Template {
             subscriptions: Vec::new(),
         }
     }
-}
-
-/// The extension attributes of an occurrence: whose it is, and its nominal time.
-fn attributes(
-    schedule: ScheduleId,
-    tick: Option<Timestamp>,
-) -> impl Iterator<Item = (String, ExtensionValue)> {
-    let tick = tick.map(|tick| ("scheduledtime".to_owned(), ExtensionValue::String(tick.to_string())));
-    [("scheduleid".to_owned(), ExtensionValue::String(schedule.to_string()))].into_iter().chain(tick)
 }
 
 fn count(visit: &Visited, now: Timestamp) {

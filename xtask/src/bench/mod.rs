@@ -28,6 +28,9 @@ pub struct Bench {
     /// Measure the debug build, which is quicker to make
     #[arg(long, global = true)]
     debug: bool,
+    /// Build nothing, and measure the binaries in this folder: another version's, for example
+    #[arg(long, global = true, conflicts_with = "debug")]
+    bin_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -40,7 +43,10 @@ enum What {
 
 impl Bench {
     pub(crate) async fn run(self) -> Result<()> {
-        let bin_dir = build_binaries(!self.debug)?;
+        let bin_dir = match self.bin_dir {
+            Some(dir) => dir,
+            None => build_binaries(!self.debug)?,
+        };
         match self.what {
             What::Clock(clock) => clock.run(bin_dir).await,
             What::Due(due) => due.run(bin_dir).await,

@@ -7,7 +7,7 @@ use super::{
     attributes::timestamp,
     error::{EventError, EventErrorKind},
 };
-use crate::schedule::{Missed, Overlap, Rules};
+use crate::schedule::{MAX_CRON_BYTES, Missed, Overlap, Rules};
 
 /// The members that mean something beside `cron`. Those in camel case cannot be extension attributes, so that without
 /// `cron` they are a mistake; the others can.
@@ -15,7 +15,7 @@ const MEMBERS: [&str; 8] =
     ["cron", "timezone", "startsAt", "endsAt", "jitterMs", "missed", "catchUpLimit", "overlap"];
 
 /// The longest text of `cron` and `timezone`, bytes.
-const MAX_TEXT: usize = 255;
+const MAX_TEXT: usize = MAX_CRON_BYTES;
 
 /// How an event recurs, as a request says it. Whether the expression and the zone are any good is for
 /// [`Recurrence`](crate::schedule::Recurrence) to say.

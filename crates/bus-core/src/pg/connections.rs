@@ -349,8 +349,8 @@ pub(super) async fn bump_connection(
     Ok(())
 }
 
-/// Deletes a connection with its subscriptions, and revokes the keys that are bound to it. The rows
-/// stay, so that history can name them. False if the organization has no such connection.
+/// Deletes a connection with its subscriptions, revokes the keys that are bound to it, and cancels the schedules that it
+/// publishes. The rows stay, so that history can name them. False if the organization has no such connection.
 pub async fn delete_connection(
     pool: &PgPool,
     organization: OrganizationId,
@@ -388,6 +388,19 @@ pub async fn delete_connection(
     .execute(&mut *transaction)
     .await
     .during("revoke the keys of a connection")?;
+    // Nobody can speak for it any more. Ticks that are due by now are noted as cancelled.
+    sqlx::query(
+        "UPDATE schedules
+            SET state = 'cancelled', updated_at = now(),
+                next_tick = CASE WHEN next_tick <= now() THEN next_tick END,
+                due_at = CASE WHEN next_tick <= now() THEN due_at END
+          WHERE organization_id = $1 AND publisher = $2 AND state IN ('active', 'paused')",
+    )
+    .bind(organization.0)
+    .bind(id.0)
+    .execute(&mut *transaction)
+    .await
+    .during("cancel the schedules of a connection")?;
     bump_organization(&mut transaction, organization).await?;
     transaction.commit().await.during("commit a deleted connection")?;
     Ok(true)

@@ -78,6 +78,8 @@ pub struct Schedule {
     pub position: Option<Position>,
     /// When the next tick is due: its own time, and jitter.
     pub due_at: Option<Timestamp>,
+    /// When it was resumed last.
+    pub resumed_at: Option<Timestamp>,
     /// The latest occurrence that was published.
     pub last_event: Option<EventUid>,
     /// The row of the latest occurrence, if that was skipped.
@@ -109,6 +111,7 @@ struct ScheduleRow {
     next_tick: Option<jiff_sqlx::Timestamp>,
     due_at: Option<jiff_sqlx::Timestamp>,
     catch_up_until: Option<jiff_sqlx::Timestamp>,
+    resumed_at: Option<jiff_sqlx::Timestamp>,
     last_event: Option<Uuid>,
     open_skip: Option<Uuid>,
     created_at: jiff_sqlx::Timestamp,
@@ -124,7 +127,7 @@ macro_rules! columns {
             "id, organization_id, publisher, type, source, cron, timezone, ",
             $template,
             ", starts_at, ends_at, jitter_ms, missed, catch_up_limit, overlap, state, tz_version, next_tick, due_at, \
-             catch_up_until, last_event, open_skip, created_at, updated_at"
+             catch_up_until, resumed_at, last_event, open_skip, created_at, updated_at"
         )
     };
 }
@@ -163,6 +166,7 @@ impl TryFrom<ScheduleRow> for Schedule {
             timezone: row.timezone,
             template: row.template.into(),
             tz_version: row.tz_version,
+            resumed_at: time(row.resumed_at),
             last_event: row.last_event.map(EventUid),
             open_skip: row.open_skip.map(EventUid),
             created_at: row.created_at.to_jiff(),

@@ -102,9 +102,9 @@ impl Rules {
         recurrence.next_after(start.map_or(now, |start| start.max(now))).filter(|tick| self.has(*tick))
     }
 
-    /// Whether a tick is not after the end.
+    /// Whether a tick is neither before the start nor after the end.
     pub(super) fn has(&self, tick: Timestamp) -> bool {
-        self.ends_at.is_none_or(|end| tick <= end)
+        self.starts_at.is_none_or(|start| start <= tick) && self.ends_at.is_none_or(|end| tick <= end)
     }
 
     /// When a tick is due: at its own time, or later by its jitter. Everyone who asks gets the same answer.

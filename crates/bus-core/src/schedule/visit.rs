@@ -19,6 +19,8 @@ words! {
         Paused = "paused",
         /// The schedule was cancelled before anyone came to it.
         Cancelled = "cancelled",
+        /// It was due, and before anyone came to it the schedule got another start or end.
+        Changed = "changed",
         /// The occurrence before it still had open deliveries.
         Overlap = "overlap",
     }
@@ -40,6 +42,8 @@ pub struct Circumstances {
     pub now: Timestamp,
     /// No tick is to be fired: the schedule is paused, or was cancelled.
     pub closed: Option<SkipReason>,
+    /// When it was resumed last: what was due until then and nobody came to is skipped as paused.
+    pub paused_until: Option<Timestamp>,
     /// The latest occurrence still has open deliveries.
     pub overlapping: bool,
 }
@@ -100,12 +104,15 @@ impl Rules {
         let (mut decisions, mut fired, mut looked) = (Vec::new(), 0, 0);
         let mut next = Some(position.next_tick);
         while let Some(tick) = next
-            && self.has(tick)
             && self.due(schedule, tick) <= found.now
             && looked < bounds.max_looked
         {
             let reason = if found.closed.is_some() {
                 found.closed
+            } else if found.paused_until.is_some_and(|until| tick <= until) {
+                Some(SkipReason::Paused)
+            } else if !self.has(tick) {
+                Some(SkipReason::Changed)
             } else if tick < late_before && !late.is_fired(tick) {
                 Some(SkipReason::Missed)
             } else if self.overlap == Overlap::Skip && found.overlapping {
@@ -122,7 +129,7 @@ impl Rules {
                 }
             }
             looked += 1;
-            next = recurrence.next_after(tick);
+            next = self.first_tick(recurrence, tick);
             if reason.is_none() && self.overlap == Overlap::Skip {
                 // Whether the next one overlaps with this one is for the next visit to find.
                 break;
@@ -221,7 +228,7 @@ mod tests {
     fn visit(rules: &Rules, now: &str, catch_up_until: Option<&str>, bounds: Bounds) -> Visit {
         let recurrence = Recurrence::parse("*/10 * * * *", "UTC").expect("a schedule");
         let position = Position { next_tick: at("00:10:00"), catch_up_until: catch_up_until.map(at) };
-        let found = Circumstances { now: at(now), closed: None, overlapping: false };
+        let found = Circumstances { now: at(now), closed: None, paused_until: None, overlapping: false };
         rules.visit(&recurrence, ScheduleId(Uuid::nil()), position, found, bounds)
     }
 
@@ -287,7 +294,8 @@ mod tests {
         let recurrence = Recurrence::parse("0 */8 * * *", "UTC").expect("a schedule");
         let position = Position { next_tick: at("08:00:00"), catch_up_until: None };
         let now = "2026-05-02T09:00:00Z".parse().expect("a time");
-        let found = Circumstances { now, closed: Some(SkipReason::Paused), overlapping: true };
+        let found =
+            Circumstances { now, closed: Some(SkipReason::Paused), paused_until: None, overlapping: true };
         let visit = Rules::DEFAULT.visit(&recurrence, ScheduleId(Uuid::nil()), position, found, BOUNDS);
         let runs: Vec<u64> = visit
             .decisions

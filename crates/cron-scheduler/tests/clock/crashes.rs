@@ -71,7 +71,8 @@ fn random_rules(random: &mut StdRng, now: Timestamp) -> Rules {
 /// Around the night when New York and, later, London lose an hour, and around the one when they get it back.
 #[tokio::test(flavor = "multi_thread")]
 async fn i5_every_tick_is_fired_once_or_skipped_with_a_reason_whoever_dies_when() {
-    let seed = std::env::var("CLOCK_SEED").map_or_else(|_| rand::random(), |seed| seed.parse().unwrap());
+    // The same run each time, unless somebody wants another one.
+    let seed = std::env::var("CLOCK_SEED").map_or(20_261_121, |seed| seed.parse().unwrap());
     println!("CLOCK_SEED={seed}");
     let mut random = StdRng::seed_from_u64(seed);
     let start =
@@ -185,7 +186,6 @@ async fn accounted(
     let mut expected = known.ticks(now).filter(|tick| known.rules.due(id, *tick) <= now).peekable();
     let allowed = SignedDuration::try_from(MISSED_AFTER).unwrap()
         + SignedDuration::from_millis(known.rules.jitter_ms.into());
-    let mut catching_up = 0;
     for row in world.occurrences(id).await {
         for n in 0..row.ticks {
             let tick =
@@ -198,17 +198,16 @@ async fn accounted(
             None => {
                 assert!(fired.insert(row.uid));
                 assert!(known.rules.due(id, row.tick) <= row.at, "{row:?} is early");
-                catching_up += usize::from(late > allowed);
                 assert!(late <= allowed || known.rules.missed != Missed::Skip, "{row:?} against the policy");
             }
             Some(SkipReason::Missed) => assert!(late > allowed, "{row:?} was not missed"),
             Some(SkipReason::Overlap) => assert_eq!(known.rules.overlap, Overlap::Skip, "{row:?}"),
             Some(SkipReason::Paused | SkipReason::Cancelled) => {}
+            Some(SkipReason::Changed) => panic!("{row:?}: nobody changes a schedule here"),
         }
     }
     // With a jitter, one tick that is due may wait for one before it that is not.
     if known.rules.jitter_ms == 0 {
         assert_eq!(expected.next(), None, "{:?} is not accounted for", known.recurrence);
     }
-    assert!(catching_up == 0 || known.rules.missed != Missed::Skip);
 }

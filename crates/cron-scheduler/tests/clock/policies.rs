@@ -179,8 +179,17 @@ async fn paused_ticks_are_skipped_and_a_cancelled_schedule_never_fires_again() {
     let account = ["01 00:10:00 fired", "01 00:20:00–01 00:40:00 paused: 3 skipped", "01 00:50:00 fired"];
     assert_eq!(world.account(schedule).await, account);
 
-    // A tick is due, and it is cancelled before anyone comes to it.
+    // Nobody comes while it is paused: nothing is made good all the same.
+    world.turn(schedule, Turn::Pause).await;
     world.advance(ten).await;
+    world.turn(schedule, Turn::Resume).await;
+    world.drain(&scheduler).await;
+    let unseen = "01 01:00:00–01 01:00:00 paused: 1 skipped";
+    assert_eq!(world.account(schedule).await, [&account[..], &[unseen]].concat());
+
+    // A tick is due, and put off for some reason, and it is cancelled before anyone comes to it.
+    world.advance(ten).await;
+    pg::put_off_schedules(&world.pool, &[schedule], 60).await.unwrap();
     world.turn(schedule, Turn::Cancel).await;
     for turn in [Turn::Pause, Turn::Resume] {
         let turned = pg::turn_schedule(&world.pool, world.whose(), schedule, turn).await.unwrap();
@@ -190,8 +199,8 @@ async fn paused_ticks_are_skipped_and_a_cancelled_schedule_never_fires_again() {
         world.drain(&scheduler).await;
         world.advance(ten).await;
     }
-    let cancelled = "01 01:00:00–01 01:00:00 cancelled: 1 skipped";
-    assert_eq!(world.account(schedule).await, [&account[..], &[cancelled]].concat());
+    let cancelled = "01 01:10:00–01 01:10:00 cancelled: 1 skipped";
+    assert_eq!(world.account(schedule).await, [&account[..], &[unseen, cancelled]].concat());
     assert_eq!(pg::agenda(&world.pool).await.unwrap().ticks, None, "nothing is planned");
     world.end().await;
 }
@@ -217,6 +226,29 @@ async fn a_schedule_has_its_ticks_from_its_start_to_its_end() {
     );
     let over = pg::schedule(&world.pool, world.whose(), schedule).await.unwrap().unwrap();
     assert_eq!((over.state, over.position), (pg::ScheduleState::Ended, None));
+    world.end().await;
+}
+
+/// What is due when a schedule is changed is decided, and the rest goes by the new rules.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_schedule_leaves_no_tick_unaccounted_for() {
+    let mut world = World::at("2026-05-01T00:00:00Z").await;
+    let scheduler = world.scheduler();
+    let ten = jiff::SignedDuration::from_mins(10);
+    let at = |time: &str| Some(format!("2026-05-01T{time}Z").parse().unwrap());
+    let later = world.schedule("*/10 * * * *", "UTC", Rules::DEFAULT).await;
+    let over = world.schedule("*/10 * * * *", "UTC", Rules::DEFAULT).await;
+    world.advance(ten).await;
+    world.change(later, Rules { starts_at: at("01:00:00"), ..Rules::DEFAULT }).await;
+    world.change(over, Rules { ends_at: at("00:05:00"), ..Rules::DEFAULT }).await;
+    for _ in 0..6 {
+        world.drain(&scheduler).await;
+        world.advance(ten).await;
+    }
+    world.drain(&scheduler).await;
+    let changed = "01 00:10:00–01 00:10:00 changed: 1 skipped";
+    assert_eq!(world.account(later).await, [changed, "01 01:00:00 fired", "01 01:10:00 fired"]);
+    assert_eq!(world.account(over).await, [changed]);
     world.end().await;
 }
 

@@ -120,9 +120,25 @@ impl World {
 
     /// None if there is no tick between its start and its end.
     pub(crate) async fn try_schedule(&self, cron: &str, timezone: &str, rules: Rules) -> Option<ScheduleId> {
-        let id = ScheduleId(SystemIds.next());
+        let new = self.new_schedule(ScheduleId(SystemIds.next()), cron, timezone, rules);
+        match pg::put_schedule(&self.pool, &new, IfThere::Keep, 1_000).await.unwrap() {
+            PutSchedule::Created(schedule) => Some(schedule.id),
+            PutSchedule::NoTick => None,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Gives a schedule other rules.
+    pub(crate) async fn change(&self, id: ScheduleId, rules: Rules) {
+        let there = pg::schedule(&self.pool, self.whose(), id).await.unwrap().unwrap();
+        let new = self.new_schedule(id, &there.cron, &there.timezone, rules);
+        let put = pg::put_schedule(&self.pool, &new, IfThere::Change, 1_000).await.unwrap();
+        assert!(matches!(&put, PutSchedule::There(changed) if changed.id == id), "{put:?}");
+    }
+
+    fn new_schedule(&self, id: ScheduleId, cron: &str, timezone: &str, rules: Rules) -> NewSchedule {
         let event = event(&id.to_string(), "tick");
-        let new = NewSchedule {
+        NewSchedule {
             id,
             organization: self.organization,
             publisher: None,
@@ -132,11 +148,6 @@ impl World {
             recurrence: Recurrence::parse(cron, timezone).unwrap(),
             rules,
             template: event.to_structured(),
-        };
-        match pg::put_schedule(&self.pool, &new, IfThere::Keep, 1_000).await.unwrap() {
-            PutSchedule::Created(schedule) => Some(schedule.id),
-            PutSchedule::NoTick => None,
-            other => panic!("{other:?}"),
         }
     }
 

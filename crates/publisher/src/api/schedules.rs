@@ -289,10 +289,9 @@ fn over(schedule: &Schedule) -> Problem {
     Problem::new(ProblemType::ScheduleOver, detail)
 }
 
-/// Wakes the schedulers if they would come late to the next occurrence. They look by themselves, too.
+/// Has the schedulers look when the next occurrence is due. They do that by themselves, too, but only now and then.
 async fn tell(api: &Api, schedule: &Schedule) {
-    let looked = api.clock.now().saturating_add(bus_core::notify::DUE_IDLE);
-    if schedule.due_at.is_some_and(|due| looked.is_ok_and(|looked| due <= looked)) {
+    if schedule.due_at.is_some() {
         api.hints.notify(Hint::Due).await;
     }
 }

@@ -142,10 +142,10 @@ fn without_cron_the_short_names_are_ordinary_attributes() {
 
 #[test]
 fn mistakes_about_recurrence_are_pointed_at() {
-    let long = format!(r#""cron":"{}""#, "*".repeat(256));
+    let long = format!(r#""cron":"{}""#, "*".repeat(257));
     for (members, pointer, detail) in [
         (r#""cron":5"#, "/cron", "must be a string"),
-        (long.as_str(), "/cron", "at most 255 bytes"),
+        (long.as_str(), "/cron", "at most 256 bytes"),
         (r#""cron":"@daily","cron":"@hourly""#, "/cron", "there twice"),
         (r#""cron":"@daily","timezone":1"#, "/timezone", "must be a string"),
         (r#""cron":"@daily","timezone":"UTC","timezone":"UTC""#, "/timezone", "there twice"),

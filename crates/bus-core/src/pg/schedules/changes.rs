@@ -32,6 +32,12 @@ pub struct NewSchedule {
     pub template: Bytes,
 }
 
+impl NewSchedule {
+    fn identity(&self) -> [u8; 32] {
+        identity([&self.r#type, &self.source, self.recurrence.cron(), self.recurrence.timezone()])
+    }
+}
+
 /// What is to become of a schedule that has the same type, source, cron and time zone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IfThere {
@@ -67,11 +73,19 @@ pub async fn put_schedule(
     most: u32,
 ) -> Result<PutSchedule, StoreError> {
     const OPERATION: &str = "store a schedule";
+    let foreign = |there: &Schedule| new.publisher.is_some_and(|own| there.publisher != Some(own));
+    if if_there == IfThere::Keep
+        && let Some(there) = find(pool, new).await?
+    {
+        // The usual case, when every process publishes what it needs at its start: nothing is locked.
+        let foreign = foreign(&there);
+        return Ok(if foreign { PutSchedule::Foreign } else { PutSchedule::There(Box::new(there)) });
+    }
     let mut transaction = pool.begin().await.during(OPERATION)?;
     // One at a time, so that the count is exact and the one that is there is found.
     lock_organization(&mut transaction, new.organization).await?;
     let now = transaction_time(&mut transaction).await?;
-    let identity = identity([&new.r#type, &new.source, new.recurrence.cron(), new.recurrence.timezone()]);
+    let identity = new.identity();
     let there: Option<ScheduleRow> = sqlx::query_as(concat!(
         "SELECT ",
         columns!(),
@@ -83,7 +97,7 @@ pub async fn put_schedule(
     .await
     .during(OPERATION)?;
     let put = match there.map(Schedule::try_from).transpose()? {
-        Some(there) if new.publisher.is_some_and(|own| there.publisher != Some(own)) => PutSchedule::Foreign,
+        Some(there) if foreign(&there) => PutSchedule::Foreign,
         Some(there) if if_there == IfThere::Keep => PutSchedule::There(Box::new(there)),
         Some(there) => match change(&mut transaction, new, &there, now).await? {
             Some(changed) => PutSchedule::There(Box::new(changed)),
@@ -101,6 +115,21 @@ pub async fn put_schedule(
     };
     transaction.commit().await.during("commit a schedule")?;
     Ok(put)
+}
+
+/// The one that is there, if any is.
+async fn find(pool: &PgPool, new: &NewSchedule) -> Result<Option<Schedule>, StoreError> {
+    let row: Option<ScheduleRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM schedules WHERE organization_id = $1 AND identity = $2 AND state IN ('active', 'paused')"
+    ))
+    .bind(new.organization.0)
+    .bind(&new.identity()[..])
+    .fetch_optional(pool)
+    .await
+    .during("find a schedule")?;
+    row.map(Schedule::try_from).transpose()
 }
 
 /// How many schedules of an organization are not over.
@@ -165,7 +194,7 @@ async fn change(
     let row: ScheduleRow = sqlx::query_as(concat!(
         "UPDATE schedules
          SET template = $2, starts_at = $3, ends_at = $4, jitter_ms = $5, missed = $6, catch_up_limit = $7, overlap = $8,
-             tz_version = $9, next_tick = $10, due_at = $11, updated_at = now()
+             tz_version = $9, next_tick = $10, due_at = $11, publisher = $12, catch_up_until = NULL, updated_at = now()
          WHERE id = $1
          RETURNING ",
         columns!()
@@ -181,6 +210,8 @@ async fn change(
     .bind(tz_version())
     .bind(jiff_sqlx::Timestamp::from(next))
     .bind(jiff_sqlx::Timestamp::from(new.rules.due(there.id, next)))
+    // Whoever says what is published is who publishes it.
+    .bind(new.publisher.map(|id| id.0))
     .fetch_one(transaction)
     .await
     .during("change a schedule")?;
@@ -232,8 +263,9 @@ pub enum Turned {
 /// Pauses, resumes or cancels a schedule. A visit that is under way ends first; after this call no tick is decided
 /// otherwise. Doing it twice changes nothing.
 ///
-/// Ticks that are due at a pause or a cancellation are skipped for that reason, if no scheduler came to them before;
-/// those that are due at a resumption are fired, if none came to them while it was paused.
+/// Ticks that are due at a pause or a cancellation are skipped for that reason, if no scheduler came to them before. So
+/// are those of a pause, whether or not one came to them. What was triggered by hand and waits is cancelled with its
+/// schedule.
 pub async fn turn_schedule(
     pool: &PgPool,
     whose: Publisher,
@@ -246,11 +278,18 @@ pub async fn turn_schedule(
         Turn::Cancel => (ScheduleState::Cancelled, &["active", "paused"]),
     };
     sqlx::query(
-        "UPDATE schedules
-         SET state = $4, updated_at = now(),
-             next_tick = CASE WHEN $4 <> 'cancelled' OR due_at <= now() THEN next_tick END,
-             due_at = CASE WHEN $4 <> 'cancelled' OR due_at <= now() THEN due_at END
-         WHERE id = $3 AND organization_id = $1 AND ($2::uuid IS NULL OR publisher = $2) AND state = ANY($5)",
+        "WITH turned AS (
+             UPDATE schedules
+             SET state = $4, updated_at = now(),
+                 resumed_at = CASE WHEN $4 = 'active' THEN now() ELSE resumed_at END,
+                 next_tick = CASE WHEN $4 <> 'cancelled' OR next_tick <= now() THEN next_tick END,
+                 due_at = CASE WHEN $4 <> 'cancelled' OR next_tick <= now() THEN due_at END
+             WHERE id = $3 AND organization_id = $1 AND ($2::uuid IS NULL OR publisher = $2)
+               AND state = ANY($5)
+             RETURNING id
+         )
+         UPDATE scheduled_events e SET cancelled_at = now()
+         FROM turned t WHERE $4 = 'cancelled' AND e.schedule_id = t.id AND e.cancelled_at IS NULL",
     )
     .bind(whose.organization.0)
     .bind(whose.only.map(|id| id.0))

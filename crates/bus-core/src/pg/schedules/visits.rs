@@ -17,25 +17,34 @@ use crate::{
 /// finished: its receipt was lost.
 const RECEIPTS_LAG_S: f64 = 3_600.0;
 
-/// Claims at most `limit` schedules whose next tick is due, the longest due first, or this one only, for this transaction.
+/// Claims at most `limit` schedules whose next tick is due, the longest due first, or this one only, for this transaction;
+/// none more once their templates have `max_bytes`.
 /// Should this process be cut off from the database, the database ends the transaction after `hold_s` seconds. A row that
 /// does not fit is left out, and named.
 pub async fn claim_schedules(
     connection: &mut PgConnection,
     only: Option<ScheduleId>,
     limit: u32,
+    max_bytes: i64,
     hold_s: u64,
 ) -> Result<(Vec<Schedule>, Vec<(ScheduleId, StoreError)>), StoreError> {
     const OPERATION: &str = "claim due schedules";
     hold_transaction(connection, hold_s).await?;
     let rows: Vec<ScheduleRow> = sqlx::query_as(concat!(
-        "SELECT ",
+        "WITH due AS (
+             SELECT id AS due_id, due_at AS since, octet_length(template) AS size FROM schedules
+             WHERE due_at <= now() AND ($2::uuid IS NULL OR id = $2)
+             ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
+         ), fitting AS (
+             SELECT due_id, since, sum(size) OVER (ORDER BY since, due_id) - size AS before FROM due
+         )
+         SELECT ",
         columns!(),
-        " FROM schedules WHERE due_at <= now() AND ($2::uuid IS NULL OR id = $2)
-          ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED"
+        " FROM fitting JOIN schedules ON id = due_id WHERE before < $3 ORDER BY since, due_id"
     ))
     .bind(i64::from(limit))
     .bind(only.map(|id| id.0))
+    .bind(max_bytes)
     .fetch_all(connection)
     .await
     .during(OPERATION)?;
@@ -113,6 +122,15 @@ pub struct Visited {
 }
 
 impl Visited {
+    /// How many ticks it decided on.
+    pub fn looked(&self) -> usize {
+        let ticks = |decision: &Decision| match decision {
+            Decision::Fire(_) => 1,
+            Decision::Skip { ticks, .. } => usize::try_from(*ticks).unwrap_or(usize::MAX),
+        };
+        self.decisions.iter().map(ticks).fold(0, usize::saturating_add)
+    }
+
     /// The last tick that was fired.
     fn last_event(&self) -> Option<EventUid> {
         self.decisions.iter().rev().find_map(|decision| match decision {
@@ -271,7 +289,7 @@ pub async fn refresh_time_zones(pool: &PgPool, limit: u32) -> Result<usize, Stor
     let now = transaction_time(&mut transaction).await?;
     let rows: Vec<ScheduleRow> = sqlx::query_as(concat!(
         "SELECT ",
-        columns!(),
+        columns!("''::bytea AS template"),
         " FROM schedules WHERE tz_version < $1 AND due_at IS NOT NULL LIMIT $2 FOR UPDATE SKIP LOCKED"
     ))
     .bind(tz_version())
@@ -279,9 +297,10 @@ pub async fn refresh_time_zones(pool: &PgPool, limit: u32) -> Result<usize, Stor
     .fetch_all(&mut *transaction)
     .await
     .during(OPERATION)?;
-    let (mut ids, mut ticks, mut due) = (Vec::new(), Vec::new(), Vec::new());
-    for row in rows {
-        let schedule = Schedule::try_from(row)?;
+    let (found, mut ids, mut ticks, mut due) = (rows.len(), Vec::new(), Vec::new(), Vec::new());
+    let all: Vec<Uuid> = rows.iter().map(|row| row.id).collect();
+    // One that cannot be read is for its visit to report.
+    for schedule in rows.into_iter().filter_map(|row| Schedule::try_from(row).ok()) {
         let planned = schedule.position.map(|position| position.next_tick);
         // A zone that is gone, or an expression that has no more ticks: the visit will say so.
         let again = Recurrence::parse(&schedule.cron, &schedule.timezone)
@@ -293,17 +312,20 @@ pub async fn refresh_time_zones(pool: &PgPool, limit: u32) -> Result<usize, Stor
         due.push(jiff_sqlx::Timestamp::from(schedule.rules.due(schedule.id, next)));
     }
     sqlx::query(
-        "UPDATE schedules s SET next_tick = v.next_tick, due_at = v.due_at, tz_version = $4
-         FROM UNNEST($1::uuid[], $2::timestamptz[], $3::timestamptz[]) AS v (id, next_tick, due_at)
-         WHERE s.id = v.id",
+        "UPDATE schedules s
+         SET next_tick = coalesce(v.next_tick, s.next_tick), due_at = coalesce(v.due_at, s.due_at), tz_version = $4
+         FROM UNNEST($5::uuid[]) AS a (id)
+         LEFT JOIN UNNEST($1::uuid[], $2::timestamptz[], $3::timestamptz[]) AS v (id, next_tick, due_at) USING (id)
+         WHERE s.id = a.id",
     )
     .bind(&ids)
     .bind(ticks)
     .bind(due)
     .bind(tz_version())
+    .bind(all)
     .execute(&mut *transaction)
     .await
     .during(OPERATION)?;
     transaction.commit().await.during(OPERATION)?;
-    Ok(ids.len())
+    Ok(found)
 }

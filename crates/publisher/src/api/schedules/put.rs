@@ -8,10 +8,10 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use bus_core::{
-    cloudevent::{CloudEvent, Draft, ExtensionValue, ScheduleDraft, Submission},
-    ids::ScheduleId,
+    cloudevent::{CloudEvent, Draft, ScheduleDraft, Submission},
+    ids::{EventUid, ScheduleId},
     pg::{self, IfThere, NewSchedule, PutSchedule},
-    schedule::{Recurrence, RecurrenceError},
+    schedule::{Recurrence, RecurrenceError, SCHEDULE_ID, SCHEDULED_TIME, occurrence},
 };
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -31,10 +31,6 @@ use crate::api::{
     openapi::PutScheduleProblems,
     problem::{Problem, ProblemType},
 };
-
-/// What an occurrence has besides its template: whose it is, and its nominal time.
-pub(super) const SCHEDULE_ID: &str = "scheduleid";
-const SCHEDULED_TIME: &str = "scheduledtime";
 
 /// Stands in a template where each occurrence has an id of its own.
 const TEMPLATE_ID: &str = "occurrence";
@@ -170,12 +166,8 @@ fn template(api: &Api, principal: &Principal, draft: Draft) -> Result<Bytes, Pro
         return Err(Problem::invalid_at(format!("/{name}"), detail));
     }
     let completed = draft.complete(|| TEMPLATE_ID.into(), || default_source(principal), Timestamp::MAX);
-    let mut largest = completed.clone();
-    largest.id = Uuid::max().to_string();
-    largest.extensions.extend([
-        (SCHEDULE_ID.to_owned(), ExtensionValue::String(Uuid::max().to_string())),
-        (SCHEDULED_TIME.to_owned(), ExtensionValue::String(Timestamp::MAX.to_string())),
-    ]);
+    let (id, uid, time) = (ScheduleId(Uuid::max()), EventUid(Uuid::max()), Timestamp::MAX);
+    let largest = occurrence(&completed, id, uid, time, Some(time));
     let (largest, most) = (largest.to_structured(), api.limits.max_event_bytes);
     CloudEvent::from_structured(&largest).map_err(|error| {
         let detail =

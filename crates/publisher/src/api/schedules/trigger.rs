@@ -2,17 +2,18 @@
 
 use axum::{Json as Answer, extract::State, response::Response};
 use bus_core::{
-    cloudevent::{CloudEvent, ExtensionValue},
+    cloudevent::CloudEvent,
     ids::{EventUid, ScheduleId},
     notify::Hint,
     pg::{self, Identity, NewEvent, Schedule, ScheduleState, ScheduledEvent},
+    schedule,
     telemetry::Chain,
 };
 use jiff::Timestamp;
 use metrics::counter;
 use tracing::error;
 
-use super::{over, put::SCHEDULE_ID};
+use super::over;
 use crate::{
     api::{
         Api, accepted,
@@ -71,24 +72,22 @@ pub(in crate::api) async fn trigger(
 }
 
 /// The event of a schedule, now.
-fn occurrence(schedule: &Schedule, uid: EventUid, now: Timestamp) -> Result<NewEvent, Problem> {
-    let mut event = CloudEvent::from_structured(&schedule.template).map_err(|failed| {
-        error!(schedule.id = %schedule.id, error = %Chain(&failed), "A schedule's template cannot be read");
+fn occurrence(of: &Schedule, uid: EventUid, now: Timestamp) -> Result<NewEvent, Problem> {
+    let template = CloudEvent::from_structured(&of.template).map_err(|failed| {
+        error!(schedule.id = %of.id, error = %Chain(&failed), "A schedule's template cannot be read");
         Problem::internal()
     })?;
-    event.id = uid.to_string();
-    event.time = Some(now);
-    event.extensions.insert(SCHEDULE_ID.into(), ExtensionValue::String(schedule.id.to_string()));
+    let event = schedule::occurrence(&template, of.id, uid, now, None);
     Ok(NewEvent {
         uid,
-        organization: schedule.organization,
+        organization: of.organization,
         body: event.to_structured(),
         id: event.id,
         source: event.source,
         r#type: event.r#type,
         subject: event.subject,
         time: now,
-        publisher: schedule.publisher,
+        publisher: of.publisher,
         received_at: None,
         subscriptions: Vec::new(),
     })
