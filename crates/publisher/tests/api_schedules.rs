@@ -474,9 +474,13 @@ async fn keys_do_what_their_scopes_and_connections_say() {
         let status = if action == "trigger" { 202 } else { 200 };
         act(&shops, &own, action).await.is(status);
     }
-    // An unbound one may change what a connection publishes, which it stays the publisher of.
+    // An unbound one may change what a connection publishes, and publishes it itself from then on: subscriptions by
+    // publisher get nothing in a connection's name that its own keys have not said.
+    assert_eq!(theirs.text("/publisher"), other);
     let put = json!({ "type": "t", "source": theirs.text("/source"), "cron": "@daily", "data": 1 });
-    assert_eq!(tenant.api.put(EVENTS, put).await.expect(200).text("/publisher"), other);
+    let changed = tenant.api.put(EVENTS, put).await.expect(200);
+    assert_eq!((changed.id(), changed.body.get("publisher")), (theirs.id(), None));
+    problem(&others.get(&path(&theirs)).await, 404, "not-found");
     bus.stop().await;
 }
 
@@ -495,5 +499,20 @@ async fn a_revoked_key_creates_nothing() {
         problem(&key.send(method, EVENTS, Some(hourly(1, json!({})))).await, 401, "unauthorized");
     }
     assert_eq!(tenant.api.all(SCHEDULES, 50).await.len(), 1);
+    bus.stop().await;
+}
+
+/// Nobody can speak for a connection that is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deleted_connection_has_no_schedules_any_more() {
+    let bus = Bus::start().await;
+    let tenant = bus.tenant("acme").await;
+    let shop = tenant.publisher("shop").await;
+    let key = tenant.key(json!({ "scopes": ["publish"], "connectionId": shop })).await;
+    let theirs = key.post(EVENTS, hourly(0, json!({}))).await.expect(201);
+    let other = tenant.api.post(EVENTS, hourly(1, json!({}))).await.expect(201);
+    tenant.api.delete(&format!("/v1/connections/{shop}")).await.is(204);
+    assert_eq!(tenant.api.get(&path(&theirs)).await.body["state"], "cancelled");
+    assert_eq!(tenant.api.get(&path(&other)).await.body["state"], "active");
     bus.stop().await;
 }

@@ -28,7 +28,7 @@ pub const MAX_AGE: Duration = Duration::from_millis(250);
 pub const SETTLED: Duration = Duration::from_millis(500);
 
 /// How long a probe may take to come back.
-const PROBE: Duration = Duration::from_secs(1);
+const PROBE: Duration = Duration::from_secs(3);
 
 /// As of when a listener has applied all that was announced. The listener reports the probes that it hears; whoever
 /// acts on what the listener keeps asks first whether that is current. Clones share it.
@@ -61,7 +61,7 @@ impl Current {
     }
 
     /// Makes sure that all is applied that was announced longer than [`MAX_AGE`] ago. False if that cannot be had
-    /// within a second.
+    /// within three seconds.
     pub async fn catch_up(&self) -> bool {
         self.is_current() || timeout(PROBE, self.probe()).await.unwrap_or(false)
     }

@@ -39,7 +39,7 @@ const TEMPLATE_ID: &str = "occurrence";
 ///
 /// The body is that of `POST /v1/events` for an event with `cron`. If there is a schedule with the same `type`,
 /// `source`, `cron` and `timezone` that is not over, it gets this payload, these other attributes and these rules, and
-/// stays paused if it is. Occurrences whose time has come by then are still published or skipped, as the new rules say.
+/// stays paused if it is. From then on it publishes as the connection of this key. Occurrences whose time has come by then are still published or skipped, as the new rules say.
 #[utoipa::path(
     put,
     path = "/v1/events",
