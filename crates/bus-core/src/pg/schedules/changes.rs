@@ -272,33 +272,40 @@ pub async fn turn_schedule(
     id: ScheduleId,
     turn: Turn,
 ) -> Result<Turned, StoreError> {
+    const OPERATION: &str = "turn a schedule";
     let (state, from): (_, &[&str]) = match turn {
         Turn::Pause => (ScheduleState::Paused, &["active"]),
         Turn::Resume => (ScheduleState::Active, &["paused"]),
         Turn::Cancel => (ScheduleState::Cancelled, &["active", "paused"]),
     };
-    sqlx::query(
-        "WITH turned AS (
-             UPDATE schedules
-             SET state = $4, updated_at = now(),
-                 resumed_at = CASE WHEN $4 = 'active' THEN now() ELSE resumed_at END,
-                 next_tick = CASE WHEN $4 <> 'cancelled' OR next_tick <= now() THEN next_tick END,
-                 due_at = CASE WHEN $4 <> 'cancelled' OR next_tick <= now() THEN due_at END
-             WHERE id = $3 AND organization_id = $1 AND ($2::uuid IS NULL OR publisher = $2)
-               AND state = ANY($5)
-             RETURNING id
-         )
-         UPDATE scheduled_events e SET cancelled_at = now()
-         FROM turned t WHERE $4 = 'cancelled' AND e.schedule_id = t.id AND e.cancelled_at IS NULL",
+    let mut transaction = pool.begin().await.during(OPERATION)?;
+    let turned = sqlx::query(
+        "UPDATE schedules
+         SET state = $4, updated_at = now(),
+             resumed_at = CASE WHEN $4 = 'active' THEN now() ELSE resumed_at END,
+             next_tick = CASE WHEN $4 <> 'cancelled' OR next_tick <= now() THEN next_tick END,
+             due_at = CASE WHEN $4 <> 'cancelled' OR next_tick <= now() THEN due_at END
+         WHERE id = $3 AND organization_id = $1 AND ($2::uuid IS NULL OR publisher = $2) AND state = ANY($5)",
     )
     .bind(whose.organization.0)
     .bind(whose.only.map(|id| id.0))
     .bind(id.0)
     .bind(state.as_str())
     .bind(from)
-    .execute(pool)
+    .execute(&mut *transaction)
     .await
-    .during("turn a schedule")?;
+    .during(OPERATION)?;
+    if turn == Turn::Cancel && turned.rows_affected() > 0 {
+        // A statement of its own: it sees what was triggered while the one before waited for the row.
+        sqlx::query(
+            "UPDATE scheduled_events SET cancelled_at = now() WHERE schedule_id = $1 AND cancelled_at IS NULL",
+        )
+        .bind(id.0)
+        .execute(&mut *transaction)
+        .await
+        .during(OPERATION)?;
+    }
+    transaction.commit().await.during(OPERATION)?;
     let Some(schedule) = super::schedule(pool, whose, id).await? else { return Ok(Turned::None) };
     let schedule = Box::new(schedule);
     let over = matches!(schedule.state, ScheduleState::Ended | ScheduleState::Cancelled);

@@ -31,16 +31,19 @@ pub async fn claim_schedules(
     const OPERATION: &str = "claim due schedules";
     hold_transaction(connection, hold_s).await?;
     let rows: Vec<ScheduleRow> = sqlx::query_as(concat!(
+        // What is read are the rows as they were locked. Joined to the table again, they would be those of the
+        // statement's beginning, and one that was cancelled in between would still be active.
         "WITH due AS (
-             SELECT id AS due_id, due_at AS since, octet_length(template) AS size FROM schedules
+             SELECT * FROM schedules
              WHERE due_at <= now() AND ($2::uuid IS NULL OR id = $2)
              ORDER BY due_at LIMIT $1 FOR UPDATE SKIP LOCKED
-         ), fitting AS (
-             SELECT due_id, since, sum(size) OVER (ORDER BY since, due_id) - size AS before FROM due
+         ), measured AS (
+             SELECT *, sum(octet_length(template)) OVER (ORDER BY due_at, id) - octet_length(template) AS before
+             FROM due
          )
          SELECT ",
         columns!(),
-        " FROM fitting JOIN schedules ON id = due_id WHERE before < $3 ORDER BY since, due_id"
+        " FROM measured WHERE before < $3 ORDER BY due_at, id"
     ))
     .bind(i64::from(limit))
     .bind(only.map(|id| id.0))
