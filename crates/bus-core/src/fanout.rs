@@ -9,10 +9,11 @@ use metrics::counter;
 use sqlx::PgConnection;
 
 use crate::{
+    cloudevent::CloudEvent,
     config::{Backend, Common},
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, OutboxId, SubscriptionId},
-    matcher::Candidate,
+    matcher::{Candidate, Snapshot, Subject},
     pg::{self, NewEvent, StoreError},
     queue::{Body, DeliveryQueue, Enqueue, QueueError},
 };
@@ -45,6 +46,12 @@ impl From<&Candidate> for Target {
 }
 
 impl Target {
+    /// Where an event goes by these subscriptions.
+    pub fn of(snapshot: &Snapshot, event: &CloudEvent, publisher: Option<ConnectionId>) -> Vec<Self> {
+        let subject = Subject { event_type: &event.r#type, publisher, payload: event.json_payload() };
+        snapshot.matching(subject).into_iter().map(Self::from).collect()
+    }
+
     /// An event's delivery to this target.
     pub fn delivery(&self, event: EventUid, organization: OrganizationId) -> DeliveryKey {
         DeliveryKey {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bus_core::{
     cloudevent::CloudEvent,
+    fanout::Target,
     ids::EventUid,
     pg::{self, ScheduledEvent, StoreError},
     telemetry::Chain,
@@ -14,11 +15,8 @@ use tracing::{debug, error, warn};
 
 use crate::{
     due::IDLE,
-    firing::{Budget, Firing, HOLD_S, MAX_BYTES, MAX_EVENTS, Stored, targets},
+    firing::{Budget, Firing, HOLD_S, MAX_BYTES, MAX_EVENTS, PUT_OFF_S, Stored},
 };
-
-/// An event that cannot be published is put off for this long.
-const PUT_OFF_S: u32 = 60;
 
 /// Publishes some of the events that are due; answers how long there is nothing more to do.
 pub async fn publish_due(firing: &Firing) -> Result<Duration, StoreError> {
@@ -81,7 +79,7 @@ impl<'f> ClaimedEvents<'f> {
                     CloudEvent::from_structured(&event.body),
                     snapshots.get(&event.organization),
                 ) {
-                    (Ok(parsed), Some(snapshot)) => targets(snapshot, &parsed, event.publisher),
+                    (Ok(parsed), Some(snapshot)) => Target::of(snapshot, &parsed, event.publisher),
                     (Err(failed), _) => {
                         // It is history all the same, and must not come up for ever.
                         error!(event.uid = %event.uid, error = %Chain(&failed), "Stored event cannot be read");
@@ -108,6 +106,6 @@ impl<'f> ClaimedEvents<'f> {
     }
 
     async fn publish(self) -> Result<(), StoreError> {
-        self.store().await?.commit().await?.enqueue().await.finish().await
+        self.store().await?.publish().await
     }
 }

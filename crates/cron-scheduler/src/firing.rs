@@ -7,11 +7,10 @@ use std::{collections::HashMap, fmt, sync::Arc};
 
 use bus_core::{
     clock::Clock,
-    cloudevent::CloudEvent,
     delivery::Progress,
     fanout::{FanOut, FanOutEvent, FanOutStore, Target},
     ids::{Ids, OrganizationId, OutboxId},
-    matcher::{Snapshot, Subject},
+    matcher::Snapshot,
     notify::{Hint, Notifier},
     pg::{self, NewEvent, StoreError},
     queue::{DeliveryQueue, QueueError},
@@ -35,6 +34,9 @@ const MAX_DELIVERIES: usize = 50_000;
 /// If this process is cut off from the database in the middle of a transaction, what it has claimed is free again
 /// after this time.
 pub(crate) const HOLD_S: u64 = 10;
+
+/// What the database refuses is put off for this long.
+pub(crate) const PUT_OFF_S: u32 = 60;
 
 /// A fan-out that this process does not finish is taken over by a publisher's relay after this time.
 pub(crate) const OUTBOX_LEASE_S: u64 = 10;
@@ -130,16 +132,6 @@ impl Budget {
     }
 }
 
-/// Where an event goes.
-pub(crate) fn targets(
-    snapshot: &Snapshot,
-    event: &CloudEvent,
-    publisher: Option<bus_core::ids::ConnectionId>,
-) -> Vec<Target> {
-    let subject = Subject { event_type: &event.r#type, publisher, payload: event.json_payload() };
-    snapshot.matching(subject).into_iter().map(Target::from).collect()
-}
-
 /// Events that are stored, and not committed.
 #[must_use = "nothing has happened before the commit"]
 pub struct Stored<'f> {
@@ -157,6 +149,11 @@ impl fmt::Debug for Stored<'_> {
 }
 
 impl<'f> Stored<'f> {
+    /// All the steps that are left.
+    pub(crate) async fn publish(self) -> Result<(), StoreError> {
+        self.commit().await?.enqueue().await.finish().await
+    }
+
     /// Commits. From here on the events are published, whoever dies.
     pub async fn commit(self) -> Result<Committed<'f>, StoreError> {
         let Self { firing, transaction, fan_out, queued, progress } = self;

@@ -17,7 +17,7 @@ use tracing::{error, warn};
 
 use crate::{
     due::IDLE,
-    firing::{Budget, Firing, HOLD_S, MAX_BYTES, Stored, targets},
+    firing::{Budget, Firing, HOLD_S, MAX_BYTES, PUT_OFF_S, Stored},
 };
 
 /// Schedules visited in one transaction.
@@ -30,9 +30,6 @@ const MAX_LOOKED_OF_ONE: usize = 10_000;
 
 /// Ticks of one schedule that are fired in one visit: what one has to catch up does not hold up the others.
 const MAX_FIRED_OF_ONE: usize = 100;
-
-/// A schedule that cannot be read is put off for this long.
-const PUT_OFF_S: u32 = 60;
 
 /// Visits some of the schedules that are due; answers how long there is nothing more to do.
 pub async fn visit_due(firing: &Firing) -> Result<Duration, StoreError> {
@@ -114,7 +111,7 @@ impl<'f> ClaimedSchedules<'f> {
                 };
                 let snapshot = snapshots.get(&schedule.organization);
                 let targets = snapshot
-                    .map_or_else(Vec::new, |snapshot| targets(snapshot, &template.event, schedule.publisher));
+                    .map_or_else(Vec::new, |known| Target::of(known, &template.event, schedule.publisher));
                 let max_fired = budget.fits(schedule.template.len(), targets.len());
                 if max_fired == 0 {
                     break;
@@ -145,7 +142,7 @@ impl<'f> ClaimedSchedules<'f> {
     }
 
     async fn publish(self) -> Result<(), StoreError> {
-        self.store().await?.commit().await?.enqueue().await.finish().await
+        self.store().await?.publish().await
     }
 }
 
@@ -224,19 +221,8 @@ impl Template {
     fn occurrence(&self, schedule: &Schedule, tick: Timestamp) -> NewEvent {
         let uid = EventUid::of_tick(schedule.id, tick);
         let event = occurrence(&self.event, schedule.id, uid, tick, Some(tick));
-        NewEvent {
-            uid,
-            organization: schedule.organization,
-            body: event.to_structured(),
-            id: event.id,
-            source: event.source,
-            r#type: event.r#type,
-            subject: event.subject,
-            time: tick,
-            publisher: schedule.publisher,
-            received_at: None,
-            subscriptions: Vec::new(),
-        }
+        let body = event.to_structured();
+        NewEvent::of(&event, body, uid, schedule.organization, schedule.publisher, tick)
     }
 }
 

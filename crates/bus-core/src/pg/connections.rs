@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::{
     During as _, PageRequest, Paged, StoreError,
     organizations::{bump_organization, lock_organization},
+    schedules::cancel_schedules_of,
 };
 use crate::{
     connection::{Connection, ContentMode, Target, Webhook},
@@ -388,19 +389,7 @@ pub async fn delete_connection(
     .execute(&mut *transaction)
     .await
     .during("revoke the keys of a connection")?;
-    // Nobody can speak for it any more. Ticks that are due by now are noted as cancelled.
-    sqlx::query(
-        "UPDATE schedules
-            SET state = 'cancelled', updated_at = now(),
-                next_tick = CASE WHEN next_tick <= now() THEN next_tick END,
-                due_at = CASE WHEN next_tick <= now() THEN due_at END
-          WHERE organization_id = $1 AND publisher = $2 AND state IN ('active', 'paused')",
-    )
-    .bind(organization.0)
-    .bind(id.0)
-    .execute(&mut *transaction)
-    .await
-    .during("cancel the schedules of a connection")?;
+    cancel_schedules_of(&mut transaction, organization, id).await?;
     bump_organization(&mut transaction, organization).await?;
     transaction.commit().await.during("commit a deleted connection")?;
     Ok(true)

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::{During as _, StoreError};
 use crate::{
+    cloudevent::CloudEvent,
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, EventUid, KeyId, OrganizationId, OutboxId, SubscriptionId},
 };
@@ -41,6 +42,32 @@ pub struct NewEvent {
     pub body: Bytes,
 }
 
+impl NewEvent {
+    /// A row for an event, with its bytes; `time` is for one that has none of its own. Nothing has matched it yet.
+    pub fn of(
+        event: &CloudEvent,
+        body: Bytes,
+        uid: EventUid,
+        organization: OrganizationId,
+        publisher: Option<ConnectionId>,
+        time: Timestamp,
+    ) -> Self {
+        Self {
+            uid,
+            organization,
+            id: event.id.clone(),
+            source: event.source.clone(),
+            r#type: event.r#type.clone(),
+            subject: event.subject.clone(),
+            time: event.time.unwrap_or(time),
+            publisher,
+            received_at: None,
+            subscriptions: Vec::new(),
+            body,
+        }
+    }
+}
+
 /// Something that may be published only once within a window.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UniqueKey {
@@ -51,17 +78,10 @@ pub struct UniqueKey {
 }
 
 impl UniqueKey {
-    /// The identity of an event: source and id together (CloudEvents 1.0, "id"). Hashed, because the two
-    /// may be longer than an index row may be (2,704 bytes); with their lengths, because any character may
-    /// be in either.
+    /// The identity of an event: source and id together (CloudEvents 1.0, "id").
     pub fn event(organization: OrganizationId, source: &str, id: &str) -> Self {
-        let mut hash = Sha256::new();
-        for part in [source, id] {
-            hash.update((part.len() as u64).to_be_bytes());
-            hash.update(part);
-        }
         let mut key = String::from("e");
-        for byte in hash.finalize() {
+        for byte in digest([source, id]) {
             write!(key, "{byte:02x}").expect("a String takes everything");
         }
         Self { organization, key }
@@ -71,6 +91,17 @@ impl UniqueKey {
     pub fn idempotency(organization: OrganizationId, key: &str) -> Self {
         Self { organization, key: format!("i{key}") }
     }
+}
+
+/// SHA-256 of texts that identify something together. Hashed, because they may be longer than an index row may be
+/// (2,704 bytes); each after its length in bytes, because any character may be in any of them.
+pub(super) fn digest<const N: usize>(parts: [&str; N]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
+    }
+    hash.finalize().into()
 }
 
 /// A [`UniqueKey`] and what it stands for.

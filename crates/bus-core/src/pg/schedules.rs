@@ -9,7 +9,6 @@ mod visits;
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use sha2::{Digest as _, Sha256};
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -173,17 +172,6 @@ impl TryFrom<ScheduleRow> for Schedule {
             updated_at: row.updated_at.to_jiff(),
         })
     }
-}
-
-/// What tells the schedules of an organization apart. Hashed, because together these may be longer than an index
-/// row may be (2,704 bytes); with their lengths, because any character may be in each.
-fn identity(parts: [&str; 4]) -> [u8; 32] {
-    let mut hash = Sha256::new();
-    for part in parts {
-        hash.update((part.len() as u64).to_be_bytes());
-        hash.update(part);
-    }
-    hash.finalize().into()
 }
 
 /// Whose schedules a key may see: an organization's, or only those that one of its connections publishes.

@@ -133,7 +133,7 @@ pub(super) struct SourceQuery {
 }
 
 /// Postgres's text cannot hold it, and no attribute of an event can.
-fn has_nul(text: &str) -> bool {
+pub(super) fn has_nul(text: &str) -> bool {
     text.contains('\0')
 }
 

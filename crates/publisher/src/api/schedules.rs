@@ -24,7 +24,7 @@ use super::{
     Api,
     auth::{Authorized, History, Principal, PublishLater},
     extract::{Id, Query},
-    history::find,
+    history::{find, has_nul},
     openapi::{ListProblems, OneProblems, OngoingProblems, SublistProblems},
     page::{self, Cursor, Limit, Page},
     problem::{Problem, ProblemType},
@@ -65,7 +65,7 @@ pub(super) async fn list(
     Authorized(principal, _): Authorized<History>,
     Query(query): Query<ListQuery>,
 ) -> Result<Answer<Page<ScheduleView>>, Problem> {
-    if query.r#type.as_deref().is_some_and(|text| text.contains('\0')) {
+    if query.r#type.as_deref().is_some_and(has_nul) {
         return Ok(Answer(Page { items: Vec::new(), next_cursor: None }));
     }
     let (state, part) = (query.state.map(Into::into), page::request(query.limit, query.cursor));
@@ -110,7 +110,7 @@ enum Became {
 #[schema(as = Occurrence)]
 pub(super) struct OccurrenceView {
     state: Became,
-    /// Why it was skipped: `missed`, `paused`, `cancelled` or `overlap`.
+    /// Why it was skipped: `missed`, `paused`, `cancelled`, `changed` or `overlap`.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'static str>,
     /// When it was to be; the first one of a run.

@@ -8,7 +8,7 @@ use std::{
 use bus_core::{
     fanout::{FanOutEvent, Target},
     ids::{EventUid, KeyId, OrganizationId},
-    matcher::{Snapshot, Subject},
+    matcher::Snapshot,
     pg::{Claim, Identity, NewEvent, ScheduledEvent, Taken, UniqueKey},
 };
 use jiff::Timestamp;
@@ -156,19 +156,8 @@ impl<'a> Plan<'a> {
                 }
                 let event = &job.publish.events[index];
                 let publisher = job.publish.principal.connection;
-                let mut stored = NewEvent {
-                    uid: job.publish.uids[index],
-                    organization: *organization,
-                    id: event.id.clone(),
-                    source: event.source.clone(),
-                    r#type: event.r#type.clone(),
-                    subject: event.subject.clone(),
-                    time: event.time.unwrap_or(job.publish.at),
-                    publisher,
-                    received_at: None,
-                    subscriptions: Vec::new(),
-                    body: job.bodies[index].clone(),
-                };
+                let (uid, body) = (job.publish.uids[index], job.bodies[index].clone());
+                let mut stored = NewEvent::of(event, body, uid, *organization, publisher, job.publish.at);
                 if let Some(due_at) = job.publish.deliver_at[index].filter(|due_at| *due_at > now) {
                     new.scheduled.push(ScheduledEvent {
                         event: stored,
@@ -178,8 +167,7 @@ impl<'a> Plan<'a> {
                     });
                     continue;
                 }
-                let subject = Subject { event_type: &event.r#type, publisher, payload: event.json_payload() };
-                let targets: Vec<Target> = snapshot.matching(subject).into_iter().map(Target::from).collect();
+                let targets = Target::of(snapshot, event, publisher);
                 left = left.checked_sub(targets.len()).ok_or(place)?;
                 new.fan_out.push(FanOutEvent::of(&mut stored, targets));
                 new.published.push(stored);

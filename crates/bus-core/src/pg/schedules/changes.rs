@@ -4,10 +4,10 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use sqlx::{PgConnection, PgPool};
 
-use super::{Publisher, Schedule, ScheduleRow, ScheduleState, columns, identity};
+use super::{Publisher, Schedule, ScheduleRow, ScheduleState, columns};
 use crate::{
     ids::{ConnectionId, OrganizationId, ScheduleId},
-    pg::{During as _, StoreError, organizations::lock_organization, transaction_time},
+    pg::{During as _, StoreError, organizations::lock_organization, publish::digest, transaction_time},
     schedule::{Recurrence, Rules, tz_version},
 };
 
@@ -33,8 +33,9 @@ pub struct NewSchedule {
 }
 
 impl NewSchedule {
+    /// What tells the schedules of an organization apart.
     fn identity(&self) -> [u8; 32] {
-        identity([&self.r#type, &self.source, self.recurrence.cron(), self.recurrence.timezone()])
+        digest([&self.r#type, &self.source, self.recurrence.cron(), self.recurrence.timezone()])
     }
 }
 
@@ -310,4 +311,26 @@ pub async fn turn_schedule(
     let schedule = Box::new(schedule);
     let over = matches!(schedule.state, ScheduleState::Ended | ScheduleState::Cancelled);
     Ok(if over && turn != Turn::Cancel { Turned::Over(schedule) } else { Turned::Done(schedule) })
+}
+
+/// Cancels what a connection publishes that is to be deleted, in the same transaction: nobody can speak for it any more.
+/// Ticks that are due by now are noted as cancelled.
+pub(in crate::pg) async fn cancel_schedules_of(
+    transaction: &mut PgConnection,
+    organization: OrganizationId,
+    publisher: ConnectionId,
+) -> Result<(), StoreError> {
+    sqlx::query(
+        "UPDATE schedules
+            SET state = 'cancelled', updated_at = now(),
+                next_tick = CASE WHEN next_tick <= now() THEN next_tick END,
+                due_at = CASE WHEN next_tick <= now() THEN due_at END
+          WHERE organization_id = $1 AND publisher = $2 AND state IN ('active', 'paused')",
+    )
+    .bind(organization.0)
+    .bind(publisher.0)
+    .execute(transaction)
+    .await
+    .during("cancel the schedules of a connection")?;
+    Ok(())
 }

@@ -78,17 +78,6 @@ fn occurrence(of: &Schedule, uid: EventUid, now: Timestamp) -> Result<NewEvent, 
         Problem::internal()
     })?;
     let event = schedule::occurrence(&template, of.id, uid, now, None);
-    Ok(NewEvent {
-        uid,
-        organization: of.organization,
-        body: event.to_structured(),
-        id: event.id,
-        source: event.source,
-        r#type: event.r#type,
-        subject: event.subject,
-        time: now,
-        publisher: of.publisher,
-        received_at: None,
-        subscriptions: Vec::new(),
-    })
+    let body = event.to_structured();
+    Ok(NewEvent::of(&event, body, uid, of.organization, of.publisher, now))
 }
