@@ -25,7 +25,7 @@ GRANT SELECT, INSERT, UPDATE ON organizations, api_keys, connections, subscripti
 GRANT SELECT, INSERT ON events TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON event_keys, outbox TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON delivery_queue TO bus_publisher;
-GRANT SELECT ON delivery_attempts TO bus_publisher;
+GRANT SELECT ON delivery_attempts, history_progress TO bus_publisher;
 -- Acknowledgements and cancellations.
 GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_publisher;
 GRANT DELETE ON delivery_queue TO bus_publisher;
@@ -54,8 +54,11 @@ GRANT SELECT, INSERT, UPDATE ON occurrences, outbox TO bus_scheduler;
 GRANT INSERT ON events TO bus_scheduler;
 GRANT SELECT ON delivery_attempts TO bus_scheduler;
 
-GRANT SELECT, INSERT ON delivery_attempts TO bus_archiver;
+GRANT INSERT ON delivery_attempts TO bus_archiver;
 -- UPDATE is what SELECT … FOR UPDATE asks for.
 GRANT SELECT, UPDATE, DELETE ON outbox, event_keys, delivery_states, scheduled_events, schedules TO bus_archiver;
-GRANT SELECT (uid) ON events TO bus_archiver;
-GRANT EXECUTE ON FUNCTION create_day_partition(text, date) TO bus_archiver;
+GRANT SELECT, INSERT, UPDATE ON history_progress, archive_sources TO bus_archiver;
+GRANT SELECT, INSERT, DELETE ON archive_batches TO bus_archiver;
+-- What expires is moved to cold storage first. Days go whole, by the function; rows of days without a partition one by one.
+GRANT SELECT, DELETE ON events, delivery_attempts, occurrences TO bus_archiver;
+GRANT EXECUTE ON FUNCTION create_day_partition(text, date), drop_day_partition(text, date, bigint) TO bus_archiver;

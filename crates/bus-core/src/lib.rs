@@ -9,6 +9,7 @@ pub mod config;
 pub mod connection;
 pub mod delivery;
 pub mod fanout;
+pub mod fault;
 pub mod filter;
 pub mod ids;
 pub mod launcher;

@@ -168,7 +168,7 @@ impl Committer {
             // A client that went away needs no answer; its events are stored all the same.
             let _ = job.answer.send(answer);
         }
-        crate::fault::point("publisher.before-fan-out").await;
+        bus_core::fault::point("publisher.before-fan-out").await;
         if let Some(fan_out) = committed.fan_out {
             self.fanouts.submit(fan_out).await;
         }

@@ -8,7 +8,6 @@ pub mod api;
 pub mod commit;
 pub mod config;
 pub mod fanout;
-pub mod fault;
 pub mod ingest;
 pub mod relay;
 mod serve;
@@ -80,6 +79,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         snapshots,
         ingest,
         queue: transport.queue.clone(),
+        history_lags: transport.nats.is_some(),
         hints: transport.hints.clone(),
         addresses: AddressPolicy::new(ctx.config.sink.allow_cidrs.clone()),
         admin_token: ctx

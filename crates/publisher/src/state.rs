@@ -26,6 +26,8 @@ pub struct Inner {
     pub ingest: Ingest,
     /// Where deliveries wait for a worker.
     pub queue: Arc<dyn DeliveryQueue>,
+    /// Whether attempts come to history through the broker, and so a little later.
+    pub history_lags: bool,
     /// Tells the workers what changed.
     pub hints: Arc<dyn Notifier>,
     /// Which addresses a webhook may have.

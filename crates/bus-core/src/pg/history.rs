@@ -1,16 +1,15 @@
-//! History: what became of each delivery.
+//! History, as it is read: what became of each delivery. `receipts` writes it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use jiff::Timestamp;
 use sqlx::{PgPool, Row as _};
 use uuid::Uuid;
 
-use super::{During as _, StoreError, storable};
+use super::{During as _, StoreError};
 use crate::{
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, SubscriptionId},
     lifecycle::State,
-    receipt::{Receipt, ReceiptOutcome},
 };
 
 /// Where a delivery stands, as far as the database knows. Attempts arrive here about a second after
@@ -69,62 +68,38 @@ pub struct DeliveryRecord {
     pub attempts: Vec<AttemptRecord>,
 }
 
-/// Appends finished attempts, and notes of deliveries that had left the straight path that they are over.
-/// Repeated receipts change nothing.
-pub async fn insert_attempts(pool: &PgPool, receipts: &[Receipt]) -> Result<(), StoreError> {
-    let each = |f: fn(&Receipt) -> Uuid| receipts.iter().map(f).collect::<Vec<_>>();
-    let times: Vec<jiff_sqlx::Timestamp> = receipts.iter().map(|receipt| receipt.at.into()).collect();
-    let int = |n: u32| i32::try_from(n).unwrap_or(i32::MAX);
-    sqlx::query(
-        "INSERT INTO delivery_attempts (delivery_id, attempt, event_uid, organization_id, subscription_id,
-                                        connection_id, outcome, status, error, at, duration_ms, turn)
-         SELECT * FROM UNNEST($1::uuid[], $2::int4[], $3::uuid[], $4::uuid[], $5::uuid[], $6::uuid[], $7::text[],
-                              $8::int4[], $9::text[], $10::timestamptz[], $11::int4[], $12::int8[])
-         ON CONFLICT DO NOTHING",
-    )
-    .bind(each(|receipt| receipt.delivery.0))
-    .bind(receipts.iter().map(|receipt| int(receipt.attempt)).collect::<Vec<_>>())
-    .bind(each(|receipt| receipt.event.0))
-    .bind(each(|receipt| receipt.organization.0))
-    .bind(each(|receipt| receipt.subscription.0))
-    .bind(each(|receipt| receipt.connection.0))
-    .bind(receipts.iter().map(|receipt| receipt.outcome.as_str()).collect::<Vec<_>>())
-    .bind(receipts.iter().map(|receipt| receipt.status.map(i32::from)).collect::<Vec<_>>())
-    .bind(receipts.iter().map(|receipt| receipt.error.as_deref().map(storable)).collect::<Vec<_>>())
-    .bind(times)
-    .bind(receipts.iter().map(|receipt| int(receipt.duration_ms)).collect::<Vec<_>>())
-    .bind(receipts.iter().map(|receipt| receipt.turn).collect::<Vec<_>>())
-    .execute(pool)
-    .await
-    .during("record attempts")?;
-    let over: Vec<&Receipt> = receipts
-        .iter()
-        .filter(|receipt| receipt.turn > 0 && receipt.outcome == ReceiptOutcome::Delivered)
-        .collect();
-    if over.is_empty() { Ok(()) } else { mark_delivered(pool, &over).await }
+/// How many deliveries of an event stand where.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// [`DeliveryStatus::Pending`]
+    pub pending: u64,
+    /// [`DeliveryStatus::Waiting`]
+    pub waiting: u64,
+    /// [`DeliveryStatus::Delivered`]
+    pub delivered: u64,
+    /// [`DeliveryStatus::Dead`]
+    pub dead: u64,
+    /// [`DeliveryStatus::Acked`]
+    pub acked: u64,
+    /// [`DeliveryStatus::Cancelled`]
+    pub cancelled: u64,
 }
 
-async fn mark_delivered(pool: &PgPool, receipts: &[&Receipt]) -> Result<(), StoreError> {
-    sqlx::query(
-        "WITH over AS (
-             SELECT p.delivery_id, r.turn
-             FROM delivery_states p
-             JOIN (SELECT delivery_id, max(turn) AS turn FROM UNNEST($1::uuid[], $2::int8[]) AS r (delivery_id, turn)
-                   GROUP BY delivery_id) r ON p.delivery_id = r.delivery_id
-             WHERE p.turn <= r.turn AND p.state IN ('waiting', 'queued')
-             ORDER BY p.delivery_id
-             FOR UPDATE OF p
-         )
-         UPDATE delivery_states p
-         SET state = 'delivered', turn = over.turn, due_at = NULL, lease_until = '-infinity', changed_at = now()
-         FROM over WHERE p.delivery_id = over.delivery_id",
-    )
-    .bind(receipts.iter().map(|receipt| receipt.delivery.0).collect::<Vec<_>>())
-    .bind(receipts.iter().map(|receipt| receipt.turn).collect::<Vec<_>>())
-    .execute(pool)
-    .await
-    .during("note deliveries that are over")?;
-    Ok(())
+impl FromIterator<DeliveryStatus> for Tally {
+    fn from_iter<I: IntoIterator<Item = DeliveryStatus>>(statuses: I) -> Self {
+        let mut tally = Self::default();
+        for status in statuses {
+            *match status {
+                DeliveryStatus::Pending => &mut tally.pending,
+                DeliveryStatus::Waiting => &mut tally.waiting,
+                DeliveryStatus::Delivered => &mut tally.delivered,
+                DeliveryStatus::Dead => &mut tally.dead,
+                DeliveryStatus::Acked => &mut tally.acked,
+                DeliveryStatus::Cancelled => &mut tally.cancelled,
+            } += 1;
+        }
+        tally
+    }
 }
 
 /// Every delivery of an event, ordered by subscription; `None` if the organization has no such event.
@@ -134,84 +109,136 @@ pub async fn event_deliveries(
     event: EventUid,
 ) -> Result<Option<Vec<DeliveryRecord>>, StoreError> {
     const OPERATION: &str = "read an event's deliveries";
-    let matched = sqlx::query(
-        "WITH wanted AS (
+    let Some(standings) = standings(pool, organization, event).await.during(OPERATION)? else {
+        return Ok(None);
+    };
+    let mut attempts = attempts(pool, event).await.during(OPERATION)?;
+    let records = standings.into_iter().map(|standing| {
+        let id = DeliveryId::derive(event, standing.subscription);
+        let status = standing.status();
+        let shown = matches!(status, DeliveryStatus::Waiting | DeliveryStatus::Dead);
+        DeliveryRecord {
+            id,
+            subscription: standing.subscription,
+            connection: standing.connection,
+            status,
+            next_attempt_at: standing.due_at.filter(|_| shown),
+            reason: standing.reason.filter(|_| shown),
+            attempts: attempts.remove(&id).unwrap_or_default(),
+        }
+    });
+    Ok(Some(records.collect()))
+}
+
+/// How many deliveries of an event stand where; `None` if the organization has no such event.
+pub async fn event_tally(
+    pool: &PgPool,
+    organization: OrganizationId,
+    event: EventUid,
+) -> Result<Option<Tally>, StoreError> {
+    let standings = standings(pool, organization, event).await.during("count an event's deliveries")?;
+    Ok(standings.map(|standings| standings.iter().map(Standing::status).collect()))
+}
+
+/// What the database knows of where one delivery stands.
+struct Standing {
+    subscription: SubscriptionId,
+    connection: ConnectionId,
+    /// Its row in `delivery_states`, with its turn.
+    stray: Option<(State, i64)>,
+    due_at: Option<Timestamp>,
+    reason: Option<String>,
+    /// Whether any attempt is known.
+    tried: bool,
+    /// The latest turn in which the subscriber took it.
+    delivered_in: Option<i64>,
+}
+
+impl Standing {
+    fn status(&self) -> DeliveryStatus {
+        match self.stray {
+            // What happened in a later turn, a replay for example, is news.
+            Some((state, turn)) if self.delivered_in.is_none_or(|delivered| delivered < turn) => {
+                match state {
+                    State::Queued => DeliveryStatus::Pending,
+                    State::Waiting => DeliveryStatus::Waiting,
+                    State::Delivered => DeliveryStatus::Delivered,
+                    State::Dead => DeliveryStatus::Dead,
+                    State::Acked => DeliveryStatus::Acked,
+                    State::Cancelled => DeliveryStatus::Cancelled,
+                }
+            }
+            _ if self.delivered_in.is_some() => DeliveryStatus::Delivered,
+            _ if self.tried => DeliveryStatus::Waiting,
+            _ => DeliveryStatus::Pending,
+        }
+    }
+}
+
+/// One for each delivery, ordered by subscription; `None` if the organization has no such event.
+async fn standings(
+    pool: &PgPool,
+    organization: OrganizationId,
+    event: EventUid,
+) -> Result<Option<Vec<Standing>>, sqlx::Error> {
+    let rows = sqlx::query(
+        "WITH tried AS (
+             SELECT subscription_id, max(turn) FILTER (WHERE outcome = 'delivered') AS delivered_in
+             FROM delivery_attempts WHERE event_uid = $1 AND organization_id = $2
+             GROUP BY subscription_id
+         ),
+         strays AS (
+             SELECT subscription_id, state, turn, due_at, reason
+             FROM delivery_states WHERE event_uid = $1 AND organization_id = $2
+         ),
+         wanted AS (
              SELECT m.id FROM events e CROSS JOIN LATERAL UNNEST(e.subscriptions) AS m (id)
              WHERE e.uid = $1 AND e.organization_id = $2
              UNION
              -- replayed to a subscription that did not match when the event was published
-             SELECT subscription_id FROM delivery_states WHERE event_uid = $1 AND organization_id = $2
+             SELECT subscription_id FROM strays
              UNION
-             SELECT subscription_id FROM delivery_attempts WHERE event_uid = $1 AND organization_id = $2
+             SELECT subscription_id FROM tried
          )
-         SELECT s.id, s.connection_id
+         SELECT s.id, s.connection_id, strays.state, strays.turn, strays.due_at, strays.reason,
+                tried.subscription_id IS NOT NULL AS tried, tried.delivered_in
          FROM events e
          LEFT JOIN wanted w ON true
          LEFT JOIN subscriptions s ON s.id = w.id
+         LEFT JOIN strays ON strays.subscription_id = s.id
+         LEFT JOIN tried ON tried.subscription_id = s.id
          WHERE e.uid = $1 AND e.organization_id = $2
          ORDER BY s.id",
     )
     .bind(event.0)
     .bind(organization.0)
     .fetch_all(pool)
-    .await
-    .during(OPERATION)?;
-    if matched.is_empty() {
+    .await?;
+    if rows.is_empty() {
         return Ok(None);
     }
-    let mut attempts = attempts(pool, event).await.during(OPERATION)?;
-    let mut stray = stray(pool, event).await.during(OPERATION)?;
-    let mut records = Vec::with_capacity(matched.len());
-    for row in &matched {
+    let mut standings = Vec::with_capacity(rows.len());
+    for row in &rows {
         // An event that matched nothing has one row without a subscription.
-        let Some(subscription) = row.try_get::<Option<Uuid>, _>("id").during(OPERATION)? else { continue };
-        let subscription = SubscriptionId(subscription);
-        let id = DeliveryId::derive(event, subscription);
-        let attempts = attempts.remove(&id).unwrap_or_default();
-        let stray = stray.remove(&id);
-        let status = status(stray.as_ref(), &attempts);
-        let shown = |status| matches!(status, DeliveryStatus::Waiting | DeliveryStatus::Dead);
-        let (next_attempt_at, reason) =
-            stray.filter(|_| shown(status)).map_or((None, None), |stray| (stray.due_at, stray.reason));
-        let connection = row.try_get::<Uuid, _>("connection_id").during(OPERATION)?.into();
-        records.push(DeliveryRecord {
-            id,
-            subscription,
-            connection,
-            status,
-            next_attempt_at,
-            reason,
-            attempts,
+        let Some(subscription) = row.try_get::<Option<Uuid>, _>("id")? else { continue };
+        let stray = match row.try_get::<Option<String>, _>("state")? {
+            Some(state) => {
+                let state = state.parse().map_err(|()| sqlx::Error::Decode("unknown state".into()))?;
+                Some((state, row.try_get("turn")?))
+            }
+            None => None,
+        };
+        standings.push(Standing {
+            subscription: SubscriptionId(subscription),
+            connection: row.try_get::<Uuid, _>("connection_id")?.into(),
+            stray,
+            due_at: row.try_get::<Option<jiff_sqlx::Timestamp>, _>("due_at")?.map(|due| due.to_jiff()),
+            reason: row.try_get("reason")?,
+            tried: row.try_get("tried")?,
+            delivered_in: row.try_get("delivered_in")?,
         });
     }
-    Ok(Some(records))
-}
-
-/// A delivery's row in `delivery_states`.
-struct Stray {
-    state: State,
-    turn: i64,
-    due_at: Option<Timestamp>,
-    reason: Option<String>,
-}
-
-fn status(stray: Option<&Stray>, attempts: &[AttemptRecord]) -> DeliveryStatus {
-    let delivered_in =
-        attempts.iter().filter(|attempt| attempt.outcome == "delivered").map(|attempt| attempt.turn).max();
-    match stray {
-        // What happened in a later turn, a replay for example, is news.
-        Some(stray) if delivered_in.is_none_or(|turn| turn < stray.turn) => match stray.state {
-            State::Queued => DeliveryStatus::Pending,
-            State::Waiting => DeliveryStatus::Waiting,
-            State::Delivered => DeliveryStatus::Delivered,
-            State::Dead => DeliveryStatus::Dead,
-            State::Acked => DeliveryStatus::Acked,
-            State::Cancelled => DeliveryStatus::Cancelled,
-        },
-        _ if delivered_in.is_some() => DeliveryStatus::Delivered,
-        _ if attempts.is_empty() => DeliveryStatus::Pending,
-        _ => DeliveryStatus::Waiting,
-    }
+    Ok(Some(standings))
 }
 
 async fn attempts(
@@ -241,21 +268,18 @@ async fn attempts(
     Ok(attempts)
 }
 
-async fn stray(pool: &PgPool, event: EventUid) -> Result<BTreeMap<DeliveryId, Stray>, sqlx::Error> {
-    sqlx::query("SELECT delivery_id, state, turn, due_at, reason FROM delivery_states WHERE event_uid = $1")
-        .bind(event.0)
-        .fetch_all(pool)
-        .await?
-        .iter()
-        .map(|row| {
-            let state: String = row.try_get("state")?;
-            let stray = Stray {
-                state: state.parse().map_err(|()| sqlx::Error::Decode("unknown state".into()))?,
-                turn: row.try_get("turn")?,
-                due_at: row.try_get::<Option<jiff_sqlx::Timestamp>, _>("due_at")?.map(|due| due.to_jiff()),
-                reason: row.try_get("reason")?,
-            };
-            Ok((DeliveryId(row.try_get("delivery_id")?), stray))
-        })
-        .collect()
+/// Everything that workers had reported by this time is in history, as far as the archiver has said; the second value is
+/// how long ago that was by the database's clock.
+pub async fn history_through(pool: &PgPool) -> Result<Option<(Timestamp, Duration)>, StoreError> {
+    const OPERATION: &str = "read how far history goes";
+    let row = sqlx::query(
+        "SELECT through, greatest(0, extract(epoch FROM now() - through)::float8) AS behind FROM history_progress",
+    )
+    .fetch_optional(pool)
+    .await
+    .during(OPERATION)?;
+    let Some(row) = row else { return Ok(None) };
+    let through: jiff_sqlx::Timestamp = row.try_get("through").during(OPERATION)?;
+    let behind: f64 = row.try_get("behind").during(OPERATION)?;
+    Ok(Some((through.to_jiff(), Duration::from_secs_f64(behind))))
 }

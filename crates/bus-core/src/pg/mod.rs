@@ -4,6 +4,7 @@
 //! clocks of two machines may disagree, and only the database's is shared.
 
 mod agenda;
+mod archive;
 mod connections;
 mod dead_letters;
 mod deliveries;
@@ -14,6 +15,7 @@ mod organizations;
 mod outbox;
 mod partitions;
 mod publish;
+mod receipts;
 mod receivers;
 mod replays;
 mod scheduled;
@@ -31,9 +33,9 @@ use sqlx::{
 };
 
 pub use self::{
-    agenda::*, connections::*, dead_letters::*, deliveries::*, events::*, history::*, keys::*,
-    organizations::*, outbox::*, partitions::*, publish::*, receivers::*, replays::*, scheduled::*,
-    schedules::*, snapshot::*, subscriptions::*,
+    agenda::*, archive::*, connections::*, dead_letters::*, deliveries::*, events::*, history::*, keys::*,
+    organizations::*, outbox::*, partitions::*, publish::*, receipts::*, receivers::*, replays::*,
+    scheduled::*, schedules::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
 

@@ -15,7 +15,6 @@ use super::{
     extract::{Id, Query},
     history::{SourceQuery, find},
     openapi::EventProblems,
-    page::Page,
     problem::Problem,
 };
 
@@ -118,17 +117,50 @@ impl From<AttemptRecord> for AttemptView {
     }
 }
 
+/// The deliveries of an event
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Deliveries)]
+pub(super) struct DeliveriesView {
+    items: Vec<DeliveryView>,
+    history: HistoryView,
+}
+
+/// How far history goes
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+#[schema(as = History)]
+struct HistoryView {
+    /// Every attempt that workers had reported by this time is in history; absent as long as nothing is known of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    through: Option<Timestamp>,
+    /// How long ago that was, milliseconds: about 1000 when all is well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    behind_ms: Option<u64>,
+}
+
+impl HistoryView {
+    async fn now(api: &Api) -> Result<Self, Problem> {
+        if !api.history_lags {
+            return Ok(Self { through: Some(api.clock.now()), behind_ms: Some(0) });
+        }
+        let known = pg::history_through(&api.pool).await?;
+        let behind_ms = known.map(|(_, behind)| u64::try_from(behind.as_millis()).unwrap_or(u64::MAX));
+        Ok(Self { through: known.map(|(through, _)| through), behind_ms })
+    }
+}
+
 /// List the deliveries of an event
 ///
 /// One for each subscription that matched, all in one part. Attempts appear about a second after they
-/// were made. An event that is due later has none.
+/// were made; `history` says how far behind it is now. An event that is due later has none.
 #[utoipa::path(
     get,
     path = "/v1/events/{id}/deliveries",
     tag = "events",
     operation_id = "listDeliveries",
     params(("id" = String, Path, description = "The event's `uid` or CloudEvents `id`"), SourceQuery),
-    responses((status = 200, description = "The deliveries", body = Page<DeliveryView>), EventProblems),
+    responses((status = 200, description = "The deliveries", body = DeliveriesView), EventProblems),
     security(("apiKey" = ["read"]))
 )]
 pub(super) async fn list(
@@ -136,14 +168,16 @@ pub(super) async fn list(
     Authorized(principal, _): Authorized<History>,
     Id(id): Id<String>,
     Query(query): Query<SourceQuery>,
-) -> Result<Answer<Page<DeliveryView>>, Problem> {
+) -> Result<Answer<DeliveriesView>, Problem> {
     let uid = find(&api, principal.organization, &id, query.source.as_deref()).await?;
     let organization = principal.organization;
+    // Before the attempts are read: those that come meanwhile are more than was promised.
+    let history = HistoryView::now(&api).await?;
     let records = match pg::event_deliveries(&api.pool, organization, uid).await? {
         Some(records) => records,
         None if pg::scheduled_event(&api.pool, organization, uid).await?.is_some() => Vec::new(),
         // It was due just now.
         None => pg::event_deliveries(&api.pool, organization, uid).await?.ok_or_else(Problem::not_found)?,
     };
-    Ok(Answer(Page { items: records.into_iter().map(DeliveryView::from).collect(), next_cursor: None }))
+    Ok(Answer(DeliveriesView { items: records.into_iter().map(DeliveryView::from).collect(), history }))
 }

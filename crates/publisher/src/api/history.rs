@@ -4,7 +4,7 @@ use axum::{Json as Answer, extract::State};
 use bus_core::{
     ids::{ConnectionId, EventUid, OrganizationId, SubscriptionId},
     pattern::TypePattern,
-    pg::{self, EventQuery, ScheduledEvent, StoredEvent},
+    pg::{self, EventQuery, ScheduledEvent, StoredEvent, Tally},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -24,13 +24,50 @@ use super::{
 /// How many events the answer to an ambiguous id names.
 const MAX_CANDIDATES: u32 = 20;
 
-/// Where an event stands: `scheduled`, due at its `deliverAt`; `cancelled` before it was due; `published`
+/// Where an event stands: `scheduled`, due at its `deliverAt`; `pending` as long as any of its deliveries is pending or
+/// waiting; then `failed` if any is dead; `cancelled` before it was due, or with all of its deliveries; `delivered`
+/// otherwise, also if it matched nothing
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 enum EventStatus {
     Scheduled,
+    Pending,
+    Delivered,
+    Failed,
     Cancelled,
-    Published,
+}
+
+impl From<Tally> for EventStatus {
+    fn from(tally: Tally) -> Self {
+        if tally.pending + tally.waiting > 0 {
+            Self::Pending
+        } else if tally.dead > 0 {
+            Self::Failed
+        } else if tally.cancelled > 0 && tally.delivered + tally.acked == 0 {
+            Self::Cancelled
+        } else {
+            Self::Delivered
+        }
+    }
+}
+
+/// How many deliveries of an event stand where
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = DeliveryCounts)]
+struct CountsView {
+    pending: u64,
+    waiting: u64,
+    delivered: u64,
+    dead: u64,
+    acked: u64,
+    cancelled: u64,
+}
+
+impl From<Tally> for CountsView {
+    fn from(tally: Tally) -> Self {
+        let Tally { pending, waiting, delivered, dead, acked, cancelled } = tally;
+        Self { pending, waiting, delivered, dead, acked, cancelled }
+    }
 }
 
 /// A stored event
@@ -43,7 +80,12 @@ pub(super) struct EventView {
     uid: EventUid,
     /// The CloudEvents `id`, unique together with `source`.
     id: String,
-    status: EventStatus,
+    /// Absent in lists of published events.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<EventStatus>,
+    /// How many of its deliveries stand where; absent in lists, and of an event that is not published.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    deliveries: Option<CountsView>,
     source: String,
     r#type: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -87,7 +129,8 @@ impl TryFrom<ScheduledEvent> for EventView {
         Ok(Self {
             uid: event.uid,
             id: event.id,
-            status,
+            status: Some(status),
+            deliveries: None,
             source: event.source,
             r#type: event.r#type,
             subject: event.subject,
@@ -109,7 +152,8 @@ impl TryFrom<StoredEvent> for EventView {
         Ok(Self {
             uid: stored.uid,
             id: stored.id,
-            status: EventStatus::Published,
+            status: None,
+            deliveries: None,
             deliver_at: None,
             source: stored.source,
             r#type: stored.r#type,
@@ -183,15 +227,25 @@ pub(super) async fn get(
 ) -> Result<Answer<EventView>, Problem> {
     let uid = find(&api, principal.organization, &id, query.source.as_deref()).await?;
     let organization = principal.organization;
-    if let Some(stored) = pg::event(&api.pool, organization, uid).await? {
-        return EventView::try_from(stored).map(Answer);
+    if let Some(published) = published(&api, organization, uid).await? {
+        return Ok(Answer(published));
     }
     if let Some(waiting) = pg::scheduled_event(&api.pool, organization, uid).await? {
         return EventView::try_from(waiting).map(Answer);
     }
     // It was due just now.
-    let stored = pg::event(&api.pool, organization, uid).await?.ok_or_else(Problem::not_found)?;
-    EventView::try_from(stored).map(Answer)
+    published(&api, organization, uid).await?.map(Answer).ok_or_else(Problem::not_found)
+}
+
+async fn published(
+    api: &Api,
+    organization: OrganizationId,
+    uid: EventUid,
+) -> Result<Option<EventView>, Problem> {
+    let Some(stored) = pg::event(&api.pool, organization, uid).await? else { return Ok(None) };
+    let tally = pg::event_tally(&api.pool, organization, uid).await?.unwrap_or_default();
+    let view = EventView::try_from(stored)?;
+    Ok(Some(EventView { status: Some(tally.into()), deliveries: Some(tally.into()), ..view }))
 }
 
 /// Which events there are to list: those that are `published`, or those that are `scheduled` for later.

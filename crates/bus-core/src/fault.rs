@@ -3,7 +3,7 @@
 
 /// Waits for ever if the environment variable `BUS_FAULT_POINT` names this point.
 #[cfg(feature = "fault-points")]
-pub(crate) async fn point(name: &str) {
+pub async fn point(name: &str) {
     if std::env::var("BUS_FAULT_POINT").is_ok_and(|chosen| chosen == name) {
         tracing::warn!(point = name, "Stopped at a fault point");
         std::future::pending::<()>().await;
@@ -12,4 +12,4 @@ pub(crate) async fn point(name: &str) {
 
 /// Nothing, in a shipped build.
 #[cfg(not(feature = "fault-points"))]
-pub(crate) async fn point(_name: &str) {}
+pub async fn point(_name: &str) {}
