@@ -9,13 +9,12 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bus_core::{
-    config::{self, Backend, Common, Loaded, RoleConfig},
+    config::{self, Backend, Common},
     pg,
     queue::{Drained, Transport, drain},
     telemetry::Chain,
 };
 use clap::{Args, ValueEnum};
-use serde::Deserialize;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
@@ -72,20 +71,6 @@ pub struct Drain {
     nats_url: Option<String>,
 }
 
-/// What a drain has of its own to configure: nothing.
-#[derive(Debug, Deserialize)]
-struct Nothing {}
-
-impl RoleConfig for Nothing {
-    fn defaults() -> Vec<&'static str> {
-        Vec::new()
-    }
-
-    fn problem(&self, _: &Common) -> Option<String> {
-        None
-    }
-}
-
 impl Drain {
     pub(crate) async fn run(self) -> Result<()> {
         ensure!(self.from != self.to, "--from and --to name the same queue");
@@ -139,9 +124,8 @@ impl Drain {
             environment.extend(value.clone().map(|value| (name.to_owned(), value)));
         }
         environment.insert("EVENT_BUS_BACKEND".to_owned(), "jetstream".to_owned());
-        let Loaded { common, .. } = config::load::<Nothing>(self.config.as_deref(), environment)
-            .map_err(|refused| anyhow!("{}", Chain(&refused)))?;
-        Ok(common)
+        config::load_common(self.config.as_deref(), environment)
+            .map_err(|refused| anyhow!("{}", Chain(&refused)))
     }
 }
 

@@ -20,6 +20,7 @@ use sqlx::postgres::PgConnectOptions;
 use tracing_subscriber::EnvFilter;
 
 pub use self::notify::{NotifyConfig, NotifyStrategy};
+use crate::streams::{self, StreamSpec};
 
 /// The prefix of every variable.
 pub const ENV_PREFIX: &str = "EVENT_BUS_";
@@ -62,6 +63,8 @@ pub struct Common {
     pub postgres: PostgresConfig,
     /// The broker.
     pub nats: NatsConfig,
+    /// The streams on the broker, by name.
+    pub streams: BTreeMap<String, StreamSpec>,
     /// Hints between the processes.
     pub notify: NotifyConfig,
     /// The port for probes and metrics.
@@ -108,12 +111,6 @@ pub struct NatsConfig {
     /// The most deliveries that wait for an acknowledgement in one lane, all workers together
     /// (JetStream's `max_ack_pending`).
     pub max_ack_pending: i64,
-    /// The most bytes that the delivery stream holds; when it is full, fan-out waits in the outbox.
-    pub max_stream_bytes: i64,
-    /// The most bytes of receipts and audit records; when it is reached, the oldest go.
-    pub max_audit_bytes: i64,
-    /// The most bytes of the dead-letter stream; when it is reached, the oldest go. Their rows stay.
-    pub max_dead_bytes: i64,
 }
 
 /// The port for probes and metrics.
@@ -158,13 +155,14 @@ pub struct ShutdownConfig {
 
 /// Every top-level key of any role. One file or one environment may serve all binaries, so a section
 /// that belongs to another role is accepted; a name that belongs to none is refused.
-const KNOWN: [&str; 19] = [
+const KNOWN: [&str; 20] = [
     "backend",
     "prefix",
     "lanes",
     "address_file",
     "postgres",
     "nats",
+    "streams",
     "notify",
     "admin",
     "telemetry",
@@ -200,6 +198,9 @@ pub trait RoleConfig: DeserializeOwned + Send + Sync + 'static {
 /// The defaults of [`Common`].
 pub const COMMON_DEFAULTS: &str = include_str!("../defaults.toml");
 
+/// The defaults of [`Common::streams`].
+pub const STREAM_DEFAULTS: &str = include_str!("../streams.toml");
+
 /// Why a configuration was refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -234,13 +235,35 @@ pub struct Loaded<C> {
     pub shown: BTreeMap<String, String>,
 }
 
+/// Reads what every binary has: for a tool, which has no role.
+pub fn load_common(
+    file: Option<&Path>,
+    environment: impl IntoIterator<Item = (String, String)>,
+) -> Result<Common, ConfigError> {
+    load::<NoRole>(file, environment).map(|loaded| loaded.common)
+}
+
+/// What a tool has of its own to configure: nothing.
+#[derive(Debug, Deserialize)]
+struct NoRole {}
+
+impl RoleConfig for NoRole {
+    fn defaults() -> Vec<&'static str> {
+        Vec::new()
+    }
+
+    fn problem(&self, _: &Common) -> Option<String> {
+        None
+    }
+}
+
 /// Reads the configuration of one role. `environment` is an argument so that tests need not touch the
 /// process's own.
 pub fn load<C: RoleConfig>(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (String, String)>,
 ) -> Result<Loaded<C>, ConfigError> {
-    let mut figment = Figment::from(Toml::string(COMMON_DEFAULTS));
+    let mut figment = Figment::from(Toml::string(COMMON_DEFAULTS)).merge(Toml::string(STREAM_DEFAULTS));
     for defaults in C::defaults() {
         figment = figment.merge(Toml::string(defaults));
     }
@@ -294,6 +317,9 @@ impl Common {
             return Some("the jetstream backend needs nats.url: set NATS_URL or nats.url_file".into());
         }
         if let Some(problem) = self.notify_problem() {
+            return Some(problem);
+        }
+        if let Some(problem) = streams::problem(&self.streams, &self.nats) {
             return Some(problem);
         }
         // One of them listens for hints where Postgres carries them.

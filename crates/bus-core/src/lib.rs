@@ -26,6 +26,7 @@ pub mod schedule;
 pub mod signature;
 pub mod sink;
 pub mod snapshots;
+pub mod streams;
 pub mod subscription;
 pub mod supervise;
 pub mod telemetry;

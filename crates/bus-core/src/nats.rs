@@ -1,4 +1,4 @@
-//! The connection to NATS, the names of our streams and subjects, and the streams' configuration.
+//! The connection to NATS, and the names of our streams and subjects.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -11,7 +11,6 @@ use async_nats::{
         Context,
         consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
         context::ContextBuilder,
-        stream::{Config as StreamConfig, DiscardPolicy, RetentionPolicy, StorageType},
     },
 };
 use bytes::Bytes;
@@ -22,8 +21,9 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use crate::{
-    config::NatsConfig,
+    config::{Common, NatsConfig},
     ids::{ConnectionId, OrganizationId},
+    streams::{self, Archive, Described, OWN, Said},
 };
 
 /// The oldest server that does what we rely on; an older one ignores fields that it does not know
@@ -67,6 +67,17 @@ pub enum NatsError {
         #[source]
         source: async_nats::Error,
     },
+    /// A call about one stream failed.
+    #[error("{operation} the stream {stream}")]
+    Stream {
+        /// What was being done.
+        operation: &'static str,
+        /// The stream.
+        stream: String,
+        /// Why it failed.
+        #[source]
+        source: async_nats::Error,
+    },
 }
 
 /// Adds the operation's name to an error of async-nats.
@@ -91,6 +102,10 @@ pub struct Nats {
     pub names: Names,
     /// The settings of streams and consumers.
     pub config: Arc<NatsConfig>,
+    /// The streams that the configuration describes.
+    pub streams: Arc<[Described]>,
+    /// What was said about those that are not as described.
+    pub(crate) said: Arc<Said>,
     /// Counts the connections that were made and the hints that may have been lost; 0 before the
     /// first. Whoever relies on core messages starts afresh when it changes.
     epoch: watch::Receiver<u64>,
@@ -99,7 +114,8 @@ pub struct Nats {
 
 impl Nats {
     /// Starts connecting and returns at once: a broker that is away delays readiness and nothing else.
-    pub async fn connect(config: &NatsConfig, prefix: &str, role: &'static str) -> Result<Self, NatsError> {
+    pub async fn connect(common: &Common, role: &'static str) -> Result<Self, NatsError> {
+        let config = &common.nats;
         let (epochs, epoch) = watch::channel(0);
         let (up, connected) = watch::channel(false);
         let mut options = ConnectOptions::new()
@@ -167,25 +183,42 @@ impl Nats {
         Ok(Self {
             client,
             jetstream,
-            names: Names::new(prefix),
+            names: Names::new(&common.prefix),
             config: Arc::new(config.clone()),
+            streams: streams::described(common).into(),
+            said: Arc::default(),
             epoch,
             connected,
         })
     }
 
-    /// Waits until there is a connection, then makes sure that the server is new enough and that our
+    /// Waits until there is a connection, then makes sure that the server is new enough and that the bus's own
     /// streams exist. Safe to call from any number of processes at a time, and again after the broker lost
     /// them. Consumers are created by those who pull from them.
     pub async fn prepare(&self) -> Result<(), NatsError> {
+        self.wait_for_server().await?;
+        for stream in self.streams.iter().filter(|stream| OWN.contains(&stream.name.as_str())) {
+            streams::ensure(self, stream).await?;
+        }
+        Ok(())
+    }
+
+    /// Like [`Nats::prepare`], for the streams that are archived.
+    pub async fn prepare_archived(&self) -> Result<(), NatsError> {
+        self.wait_for_server().await?;
+        for stream in self.streams.iter().filter(|stream| stream.archive == Archive::Archive) {
+            streams::ensure(self, stream).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until there is a connection, and makes sure that the server is new enough.
+    pub async fn wait_for_server(&self) -> Result<(), NatsError> {
         let mut connected = self.connected.clone();
         // The sender lives in the client's event task, as long as `self.client`.
         connected.wait_for(|connected| *connected).await.during("wait for NATS")?;
         if !self.client.is_server_compatible(MIN_SERVER.0, MIN_SERVER.1, MIN_SERVER.2) {
             return Err(NatsError::TooOld { found: self.client.server_info().version });
-        }
-        for stream in self.streams() {
-            self.jetstream.get_or_create_stream(stream).await.during("create the streams")?;
         }
         Ok(())
     }
@@ -235,43 +268,6 @@ impl Nats {
 
     async fn consumer(&self, stream: &str, config: pull::Config) -> Result<PullConsumer, NatsError> {
         self.jetstream.create_consumer_on_stream(config, stream).await.during("create a consumer")
-    }
-
-    fn streams(&self) -> [StreamConfig; 3] {
-        let common = StreamConfig {
-            storage: StorageType::File,
-            num_replicas: self.config.replicas,
-            duplicate_window: Duration::from_secs(self.config.duplicate_window_s),
-            ..StreamConfig::default()
-        };
-        let week = Duration::from_secs(7 * 86_400);
-        [
-            StreamConfig {
-                name: self.names.deliver_stream.clone(),
-                subjects: vec![format!("{}.deliver.>", self.names.prefix)],
-                retention: RetentionPolicy::WorkQueue,
-                // A full stream refuses, and the fan-out waits in the outbox; nothing is pushed out.
-                discard: DiscardPolicy::New,
-                max_bytes: self.config.max_stream_bytes,
-                ..common.clone()
-            },
-            StreamConfig {
-                name: self.names.dead_stream.clone(),
-                subjects: vec![format!("{}.dead.>", self.names.prefix)],
-                max_age: week,
-                max_bytes: self.config.max_dead_bytes,
-                ..common.clone()
-            },
-            StreamConfig {
-                name: self.names.audit_stream.clone(),
-                subjects: vec![format!("{}.events.audit.>", self.names.prefix)],
-                max_age: week,
-                // The oldest go: receipts that nobody copied in time are a gap in history, but a full
-                // store would stop the deliveries.
-                max_bytes: self.config.max_audit_bytes,
-                ..common
-            },
-        ]
     }
 
     /// Whether there is a connection now.
@@ -340,12 +336,11 @@ pub struct Names {
 impl Names {
     /// The names under `prefix`.
     pub fn new(prefix: &str) -> Self {
-        let upper = prefix.to_ascii_uppercase();
         Self {
             prefix: prefix.into(),
-            deliver_stream: format!("{upper}_DELIVER"),
-            dead_stream: format!("{upper}_DEAD"),
-            audit_stream: format!("{upper}_AUDIT"),
+            deliver_stream: streams::stream_name(prefix, streams::DELIVER),
+            dead_stream: streams::stream_name(prefix, streams::DEAD),
+            audit_stream: streams::stream_name(prefix, streams::AUDIT),
         }
     }
 

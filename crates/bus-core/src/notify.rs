@@ -164,7 +164,7 @@ pub async fn connect(
     let over_nats = async || {
         let nats = match nats {
             Some(nats) => nats,
-            None => Nats::connect(&common.nats, &common.prefix, role).await?,
+            None => Nats::connect(common, role).await?,
         };
         Ok::<Arc<dyn Notifier>, NatsError>(Arc::new(NatsNotifier::new(nats)))
     };

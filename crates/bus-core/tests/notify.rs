@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bus_core::{
-    config::NatsConfig,
+    config::load_common,
     ids::{DeliveryId, Ids as _, SystemIds},
     nats::Nats,
     notify::{Compose, Current, Hint, MemoryNotifier, NatsNotifier, Notifier, Polling, PostgresNotifier},
@@ -26,18 +26,11 @@ use tokio_util::sync::CancellationToken;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 async fn over_nats(url: &str, prefix: &str) -> Arc<dyn Notifier> {
-    let config = NatsConfig {
-        url: Some(url.to_owned().into()),
-        credentials_file: None,
-        replicas: 1,
-        duplicate_window_s: 120,
-        ack_wait_ms: 60_000,
-        max_ack_pending: 100,
-        max_stream_bytes: 64 * 1024 * 1024,
-        max_audit_bytes: 64 * 1024 * 1024,
-        max_dead_bytes: 64 * 1024 * 1024,
-    };
-    Arc::new(NatsNotifier::new(Nats::connect(&config, prefix, "test").await.unwrap()))
+    let environment =
+        [("DATABASE_URL", "postgres://not.used/"), ("NATS_URL", url), ("EVENT_BUS_PREFIX", prefix)]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let common = load_common(None, environment).unwrap();
+    Arc::new(NatsNotifier::new(Nats::connect(&common, "test").await.unwrap()))
 }
 
 /// A pool that connects when it is used.

@@ -190,7 +190,7 @@ impl Transport {
     ) -> Result<Self, QueueError> {
         match common.backend {
             Backend::Jetstream => {
-                let nats = Nats::connect(&common.nats, &common.prefix, role).await?;
+                let nats = Nats::connect(common, role).await?;
                 let hints = notify::connect(common, pool, Some(nats.clone()), role, stop).await?;
                 let queue = Arc::new(JetStreamQueue::new(nats.clone(), common.lanes));
                 Ok(Self { queue, hints, nats: Some(nats) })

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bus_core::{
     clock::{Clock, ManualClock, SystemClock},
-    config::NatsConfig,
+    config::load_common,
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     nats::Nats,
@@ -55,19 +55,20 @@ impl Fixture {
         let (mut nats, mut clock) = (None, None);
         let (queue, other_worker): (Arc<dyn DeliveryQueue>, Arc<dyn DeliveryQueue>) = match kind {
             Kind::JetStream => {
-                let config = NatsConfig {
-                    url: Some(servers.nats_url().to_owned().into()),
-                    credentials_file: None,
-                    replicas: 1,
-                    duplicate_window_s: 120,
-                    ack_wait_ms: u64::try_from(LEASE.as_millis()).unwrap(),
-                    max_ack_pending: i64::try_from(WINDOW).unwrap(),
-                    max_stream_bytes: 64 * 1024 * 1024,
-                    max_audit_bytes: 64 * 1024 * 1024,
-                    max_dead_bytes: 64 * 1024 * 1024,
-                };
-                let one = Nats::connect(&config, &prefix, "test").await.unwrap();
-                let other = Nats::connect(&config, &prefix, "other").await.unwrap();
+                let common = load_common(
+                    None,
+                    [
+                        ("DATABASE_URL", database.url().to_owned()),
+                        ("NATS_URL", servers.nats_url().to_owned()),
+                        ("EVENT_BUS_PREFIX", prefix.clone()),
+                        ("EVENT_BUS_NATS__ACK_WAIT_MS", LEASE.as_millis().to_string()),
+                        ("EVENT_BUS_NATS__MAX_ACK_PENDING", WINDOW.to_string()),
+                    ]
+                    .map(|(name, value)| (name.to_owned(), value)),
+                )
+                .unwrap();
+                let one = Nats::connect(&common, "test").await.unwrap();
+                let other = Nats::connect(&common, "other").await.unwrap();
                 nats = Some(one.clone());
                 (Arc::new(JetStreamQueue::new(one, 1)), Arc::new(JetStreamQueue::new(other, 1)))
             }

@@ -12,7 +12,7 @@ use std::{
 use async_trait::async_trait;
 use bus_core::{
     clock::SystemClock,
-    config::{NatsConfig, load},
+    config::{load, load_common},
     connection::Connection,
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds},
@@ -111,18 +111,19 @@ impl World {
         let mut nats = None;
         let queue: Arc<dyn DeliveryQueue> = match kind {
             Kind::JetStream => {
-                let config = NatsConfig {
-                    url: Some(servers.nats_url().to_owned().into()),
-                    credentials_file: None,
-                    replicas: 1,
-                    duplicate_window_s: 120,
-                    ack_wait_ms: u64::try_from(LEASE.as_millis()).unwrap(),
-                    max_ack_pending: 1_000,
-                    max_stream_bytes: 256 * 1024 * 1024,
-                    max_audit_bytes: 64 * 1024 * 1024,
-                    max_dead_bytes: 64 * 1024 * 1024,
-                };
-                let connected = Nats::connect(&config, &prefix, "test").await.unwrap();
+                let common = load_common(
+                    None,
+                    [
+                        ("DATABASE_URL", database.url().to_owned()),
+                        ("NATS_URL", servers.nats_url().to_owned()),
+                        ("EVENT_BUS_PREFIX", prefix),
+                        ("EVENT_BUS_NATS__ACK_WAIT_MS", LEASE.as_millis().to_string()),
+                        ("EVENT_BUS_NATS__MAX_ACK_PENDING", "1000".to_owned()),
+                    ]
+                    .map(|(name, value)| (name.to_owned(), value)),
+                )
+                .unwrap();
+                let connected = Nats::connect(&common, "test").await.unwrap();
                 nats = Some(connected.clone());
                 Arc::new(JetStreamQueue::new(connected, 1))
             }

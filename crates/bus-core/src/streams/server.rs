@@ -1,0 +1,153 @@
+//! The streams on the broker: looked at, created, changed.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_nats::jetstream::stream::Info;
+use futures::TryStreamExt as _;
+use jiff::Timestamp;
+use metrics::gauge;
+use tracing::{info, warn};
+
+use super::{
+    plan::{Change, ChangeKind, Effect, Existing, Field, Held, Plan, differences},
+    spec::{Described, stream_name},
+};
+use crate::nats::{During as _, Nats, NatsError};
+
+/// Whether a change may lose data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// It may not: such a plan is refused.
+    Refused,
+    /// Whoever asks for the change accepts it.
+    Accepted,
+}
+
+/// Why a plan was not carried out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StreamsError {
+    /// The broker cannot change streams like this. Nothing was changed.
+    #[error("cannot be changed in place: {0}")]
+    Impossible(String),
+    /// Data would be lost, and nobody has accepted that. Nothing was changed.
+    #[error("would lose data: {0}")]
+    LosesData(String),
+    /// The broker accepted the changes, and has something else.
+    #[error("the broker did not take: {0}")]
+    NotTaken(String),
+    /// The broker is away, or refused a change.
+    #[error(transparent)]
+    Nats(#[from] NatsError),
+}
+
+/// The streams of this deployment that the broker has, described or not.
+pub async fn existing(nats: &Nats, now: Timestamp) -> Result<Vec<Existing>, NatsError> {
+    let ours = stream_name(&nats.names.prefix, "");
+    let all: Vec<Info> = nats.jetstream.streams().try_collect().await.during("list the streams")?;
+    let ours = all.into_iter().filter(|stream| stream.config.name.starts_with(&ours));
+    Ok(ours
+        .map(|Info { config, state, .. }| {
+            let first = Timestamp::from_second(state.first_timestamp.unix_timestamp()).unwrap_or(now);
+            // Ahead of us by its clock: new.
+            let oldest = Duration::try_from(now.duration_since(first)).unwrap_or_default();
+            Existing { config, held: Held { messages: state.messages, bytes: state.bytes, oldest } }
+        })
+        .collect())
+}
+
+/// Carries a plan out, and looks whether the broker then has what is described. A plan with anything in it that
+/// must not be done is refused as a whole.
+pub async fn apply(nats: &Nats, plan: &Plan, loss: Loss, now: Timestamp) -> Result<(), StreamsError> {
+    let because = |wanted: fn(&Effect) -> Option<&String>| {
+        let all = plan.fields().filter_map(|(stream, field)| {
+            wanted(&field.effect).map(|because| format!("{stream}, {field} ({because})"))
+        });
+        let all: Vec<String> = all.collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    };
+    let impossible = because(|effect| match effect {
+        Effect::Impossible(because) => Some(because),
+        _ => None,
+    });
+    let lossy = because(|effect| match effect {
+        Effect::LosesData(because) => Some(because),
+        _ => None,
+    });
+    if let Some(impossible) = impossible {
+        return Err(StreamsError::Impossible(impossible));
+    }
+    if loss == Loss::Refused
+        && let Some(lossy) = lossy
+    {
+        return Err(StreamsError::LosesData(lossy));
+    }
+    for change in &plan.changes {
+        carry_out(nats, change).await?;
+    }
+    let touched =
+        |described: &&Described| plan.changes.iter().any(|change| change.stream == described.config.name);
+    let touched: Vec<Described> = nats.streams.iter().filter(touched).cloned().collect();
+    let left = super::plan(&existing(nats, now).await?, &touched).changes;
+    if left.is_empty() {
+        Ok(())
+    } else {
+        Err(StreamsError::NotTaken(left.iter().map(told).collect::<Vec<_>>().join("; ")))
+    }
+}
+
+fn told(change: &Change) -> String {
+    match &change.kind {
+        ChangeKind::Create { .. } => change.stream.clone(),
+        ChangeKind::Update { fields } => format!("{}, {}", change.stream, listed(fields)),
+    }
+}
+
+fn listed(fields: &[Field]) -> String {
+    fields.iter().map(Field::to_string).collect::<Vec<_>>().join(", ")
+}
+
+async fn carry_out(nats: &Nats, change: &Change) -> Result<(), NatsError> {
+    let failed =
+        |operation| move |source| NatsError::Stream { operation, stream: change.stream.clone(), source };
+    match &change.kind {
+        ChangeKind::Create { .. } => {
+            let created = nats.jetstream.create_stream(&change.config).await;
+            created.map(drop).map_err(|error| failed("create")(error.into()))
+        }
+        ChangeKind::Update { .. } => {
+            let updated = nats.jetstream.update_stream(&change.config).await;
+            updated.map(drop).map_err(|error| failed("change")(error.into()))
+        }
+    }
+}
+
+/// What was said about the streams that are not as described.
+pub(crate) type Said = Mutex<BTreeMap<String, String>>;
+
+/// Creates a stream if it is missing. One that exists stays as it is; where it is not as described, that is said once
+/// and shown by a metric.
+pub(crate) async fn ensure(nats: &Nats, described: &Described) -> Result<(), NatsError> {
+    let stream = nats.jetstream.get_or_create_stream(described.config.clone()).await.map_err(|error| {
+        let stream = described.config.name.clone();
+        NatsError::Stream { operation: "create", stream, source: error.into() }
+    })?;
+    let fields = differences(&stream.cached_info().config, Held::default(), described);
+    gauge!("bus_stream_drift", "stream" => described.name.clone()).set(u8::from(!fields.is_empty()));
+    let differs = listed(&fields);
+    let mut said = nats.said.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = said.insert(described.name.clone(), differs.clone()).unwrap_or_default();
+    if differs.is_empty() && !before.is_empty() {
+        info!(stream = described.config.name, "The stream is as configured again");
+    } else if differs != before {
+        warn!(
+            stream = described.config.name,
+            differs, "The stream is not as configured; `cargo xtask streams plan` shows what to do"
+        );
+    }
+    Ok(())
+}
