@@ -1,52 +1,48 @@
-//! The archiver: everything that moves or expires data. Receipts go from the audit stream to history,
-//! partitions are created ahead of their day, finished outbox rows and expired keys are swept.
+//! The archiver: everything that moves or expires data.
+//!
+//! [`history`] copies receipts to the database; [`relay`] passes audit records on to the audit stream; [`streams`] and
+//! [`tables`] move what expires to cold storage; [`maintenance`] creates partitions ahead of their day and sweeps what
+//! is over.
 
+mod config;
+mod error;
 mod history;
+mod lease;
 mod maintenance;
+mod relay;
+mod streams;
+mod tables;
+
+use std::{sync::Arc, time::Duration};
 
 use bus_core::{
-    config::{Common, RoleConfig},
+    config::RoleConfig,
     launcher::{BoxError, Ctx, Role},
-    pg,
+    nats::Nats,
+    pg::{self, DayTable},
+    streams::{AUDIT, Archive},
     supervise::{self, Broker},
+    telemetry::Chain,
 };
-use serde::Deserialize;
+use cold_storage::ColdStorage;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+pub use self::config::{
+    ArchiveConfig, ArchiverConfig, MaintenanceConfig, Retention, RetentionConfig, TableRetention,
+};
+use self::{lease::Leases, streams::StreamArchiver, tables::TableArchiver};
 
 /// What this binary is.
 pub const ROLE: Role =
-    Role { name: "archiver", about: "Moves receipts to history and keeps the database in shape" };
+    Role { name: "archiver", about: "Moves receipts to history, and what expires to cold storage" };
 
-/// The archiver's own configuration. `defaults.toml` beside `src/` is the reference.
-#[derive(Debug, Clone, Deserialize)]
-pub struct ArchiverConfig {
-    /// What is created ahead and what is kept.
-    pub maintenance: MaintenanceConfig,
-}
+/// Between two tries to open cold storage.
+const AGAIN: Duration = Duration::from_secs(10);
 
-/// What is created ahead and what is kept.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MaintenanceConfig {
-    /// Days for which partitions exist ahead.
-    pub partitions_ahead_days: i32,
-    /// Finished outbox rows are kept this long, seconds: longer than the broker's sync interval (two
-    /// minutes by default), so that they still tell what a broker that lost its last messages had.
-    pub outbox_keep_s: u64,
-    /// Rows of deliveries that are over, and have left the straight path, are kept this long, seconds.
-    pub delivery_states_keep_s: u64,
-}
-
-impl RoleConfig for ArchiverConfig {
-    fn defaults() -> Vec<&'static str> {
-        vec![include_str!("../defaults.toml")]
-    }
-
-    fn problem(&self, _: &Common) -> Option<String> {
-        let days = self.maintenance.partitions_ahead_days;
-        (!(1..=31).contains(&days))
-            .then(|| format!("maintenance.partitions_ahead_days ({days}) must be between 1 and 31"))
-    }
-}
+/// How long a loop of archiving may be without a sign of life: it pauses after errors.
+const ALIVE: Duration = Duration::from_secs(300);
 
 /// Runs until [`Ctx::stop`].
 pub async fn run(ctx: Ctx<ArchiverConfig>) -> Result<(), BoxError> {
@@ -55,16 +51,21 @@ pub async fn run(ctx: Ctx<ArchiverConfig>) -> Result<(), BoxError> {
     if let Some(nats) = &transport.nats {
         let beat = ctx.health.heartbeat("history", history::PULL_WAIT * 60);
         ctx.spawn("history", history::run(pool.clone(), nats.clone(), beat, ctx.stop.clone()));
+        let beat = ctx.health.heartbeat("relay", relay::LOOK * 60);
+        ctx.spawn("relay", relay::run(pool.clone(), nats.clone(), beat, ctx.stop.clone()));
     }
-    let beat = ctx.health.heartbeat("maintenance", maintenance::INTERVAL * 30);
-    let upkeep = maintenance::run(
-        pool,
-        ctx.config.maintenance.clone(),
-        std::sync::Arc::clone(&ctx.clock),
-        beat,
-        ctx.stop.clone(),
-    );
-    ctx.spawn("maintenance", upkeep);
+    if let Some(cold) = open(&ctx).await {
+        archive(&ctx, &pool, transport.nats.as_ref(), &cold);
+        let beat = ctx.health.heartbeat("maintenance", maintenance::INTERVAL * 30);
+        let upkeep = maintenance::Maintenance {
+            pool,
+            config: ctx.config.maintenance.clone(),
+            retention: ctx.config.retention.clone(),
+            cold,
+            clock: Arc::clone(&ctx.clock),
+        };
+        ctx.spawn("maintenance", upkeep.run(beat, ctx.stop.clone()));
+    }
     ctx.stop.cancelled().await;
     ctx.tasks.close();
     ctx.tasks.wait().await;

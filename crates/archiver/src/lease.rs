@@ -1,0 +1,124 @@
+//! Work on a source under a lease: it is renewed beside the work, and the work ends when it is lost.
+
+use std::{future::Future, time::Duration};
+
+use bus_core::{
+    launcher::Heartbeat,
+    pg::{self, ArchiveLease},
+    telemetry::Chain,
+};
+use metrics::counter;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::error::ArchiveError;
+
+/// After an error; doubled after each that follows.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The longest pause after an error.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// How leases are taken and held.
+#[derive(Debug, Clone)]
+pub(crate) struct Leases {
+    pub(crate) pool: PgPool,
+    /// Who takes them: another one in each process.
+    pub(crate) holder: String,
+    /// How long one lasts after its last renewal, seconds.
+    pub(crate) seconds: u32,
+}
+
+impl Leases {
+    /// The name under which a holder writes to cold storage: another one each time that a lease changes hands, even
+    /// if the database that counts them was put back to an earlier state.
+    pub(crate) fn writer(&self, lease: &ArchiveLease) -> String {
+        format!("{}-{}", lease.epoch, self.holder)
+    }
+
+    /// Works on a source whenever its lease can be had, until `stop`. `work` goes on until it fails; the pause after
+    /// that grows while it fails again and again.
+    pub(crate) async fn keep_working<F>(
+        &self,
+        source: &str,
+        beat: &Heartbeat,
+        stop: &CancellationToken,
+        mut work: impl FnMut(ArchiveLease) -> F,
+    ) where
+        F: Future<Output = Result<(), ArchiveError>>,
+    {
+        let mut pause = FIRST_PAUSE;
+        while !stop.is_cancelled() {
+            let wait = match self.work_once(source, beat, stop, &mut work).await {
+                Ok(true) => {
+                    pause = FIRST_PAUSE;
+                    Duration::ZERO
+                }
+                // Somebody else holds it: the first to ask after it ends gets it.
+                Ok(false) => {
+                    beat.beat();
+                    Duration::from_secs(u64::from(self.seconds)) / 4
+                }
+                Err(failed) => {
+                    counter!("bus_archive_failures", "source" => source.to_owned()).increment(1);
+                    warn!(source, error = %Chain(&failed), again_in = ?pause, "Archiving put off");
+                    let wait = pause;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                    wait
+                }
+            };
+            beat.beat();
+            stop.run_until_cancelled(tokio::time::sleep(wait)).await;
+        }
+    }
+
+    /// Whether there was anything to hold.
+    async fn work_once<F>(
+        &self,
+        source: &str,
+        beat: &Heartbeat,
+        stop: &CancellationToken,
+        work: &mut impl FnMut(ArchiveLease) -> F,
+    ) -> Result<bool, ArchiveError>
+    where
+        F: Future<Output = Result<(), ArchiveError>>,
+    {
+        let Some(lease) = pg::take_archive_lease(&self.pool, source, &self.holder, self.seconds).await? else {
+            return Ok(false);
+        };
+        info!(source, epoch = lease.epoch, "Holds the lease of an archive source");
+        let result = tokio::select! {
+            result = work(lease.clone()) => result,
+            lost = self.renew(&lease, beat) => Err(lost),
+            () = stop.cancelled() => Ok(()),
+        };
+        if !matches!(result, Err(ArchiveError::LeaseLost(_))) {
+            pg::release_archive_lease(&self.pool, &lease).await?;
+        }
+        result.map(|()| true)
+    }
+
+    /// Returns when the lease is lost.
+    async fn renew(&self, lease: &ArchiveLease, beat: &Heartbeat) -> ArchiveError {
+        loop {
+            tokio::time::sleep(Duration::from_secs(u64::from(self.seconds)) / 3).await;
+            beat.beat();
+            match pg::renew_archive_lease(&self.pool, lease, self.seconds).await {
+                Ok(true) => {}
+                Ok(false) => return ArchiveError::LeaseLost(lease.source.clone()),
+                // As long as nobody else has it, it is ours.
+                Err(failed) => warn!(source = lease.source, error = %Chain(&failed), "Lease not renewed yet"),
+            }
+        }
+    }
+
+    /// The last look before something is removed that cannot be had back.
+    pub(crate) async fn check(&self, lease: &ArchiveLease) -> Result<(), ArchiveError> {
+        if pg::renew_archive_lease(&self.pool, lease, self.seconds).await? {
+            Ok(())
+        } else {
+            Err(ArchiveError::LeaseLost(lease.source.clone()))
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! Moves streams to cold storage: a batch is gathered, written, read back, committed and noted, and only then, when it
+//! is old enough, trimmed from the stream (invariant I8).
+//!
+//! Whoever dies between two of these steps leaves the stream as it was. What the next one finds in cold storage it takes
+//! for done, so that no range is archived twice and none is left out.
+
+mod read;
+mod rows;
+mod trim;
+
+use std::{sync::Arc, time::Duration};
+
+use bus_core::{
+    clock::Clock,
+    fault,
+    launcher::{BoxError, Heartbeat},
+    nats::Nats,
+    pg::{self, ArchiveLease, ArchivePosition, ArchivedBatch},
+    streams::Described,
+};
+use cold_storage::{ColdStorage, Error as ColdError, Manifest, Slot, Source};
+use jiff::Timestamp;
+use metrics::{counter, gauge};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+use self::read::StreamState;
+use crate::{config::ArchiveConfig, error::ArchiveError, lease::Leases};
+
+/// Between two looks at a stream of which nothing is due.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Moves one stream.
+pub(crate) struct StreamArchiver {
+    pub(crate) nats: Nats,
+    pub(crate) cold: ColdStorage,
+    pub(crate) leases: Leases,
+    pub(crate) stream: Described,
+    pub(crate) config: ArchiveConfig,
+    pub(crate) clock: Arc<dyn Clock>,
+}
+
+impl StreamArchiver {
+    pub(crate) async fn run(self, beat: Heartbeat, stop: CancellationToken) -> Result<(), BoxError> {
+        self.leases.keep_working(self.name(), &beat, &stop, |lease| self.work(lease)).await;
+        Ok(())
+    }
+
+    fn name(&self) -> &str {
+        &self.stream.config.name
+    }
+
+    async fn work(&self, lease: ArchiveLease) -> Result<(), ArchiveError> {
+        // Another archiver may work on another stream; each makes those that it works on.
+        self.nats.prepare_archived().await.map_err(crate::error::broker("create the archived streams"))?;
+        let resumed = self.cold.resume(self.name()).await?;
+        if resumed.discarded > 0 || resumed.open > 0 {
+            info!(source = self.name(), discarded = resumed.discarded, open = resumed.open, "Found unfinished batches");
+        }
+        let mut position = lease.position.clone();
+        let mut oldest = None;
+        loop {
+            let state = self.state().await?;
+            self.follow(&lease, &mut position, &state).await?;
+            self.report(&state);
+            if self.is_due(&position, &state, &mut oldest).await? {
+                self.archive(&lease, &mut position, &state).await?;
+                oldest = None;
+            } else {
+                tokio::time::sleep(LOOK).await;
+            }
+            self.trim(&lease, &position, &state).await?;
+        }
+    }
+
+    /// Makes sure that the position is one in this stream: not in one of the same name that was deleted, nor in a future
+    /// that the broker has forgotten.
+    async fn follow(
+        &self,
+        lease: &ArchiveLease,
+        position: &mut ArchivePosition,
+        state: &StreamState,
+    ) -> Result<(), ArchiveError> {
+        let known = position.incarnation.as_deref();
+        let same = known.is_some_and(|known| known.split("-r").next() == Some(&state.created));
+        if same && position.next <= state.last + 1 {
+            return Ok(());
+        }
+        let incarnation = match known {
+            // The same stream, which has gone back: its numbers are given out a second time.
+            Some(known) if same => {
+                error!(source = self.name(), archived = position.next - 1, last = state.last, "The broker has lost messages that are archived");
+                counter!("bus_archive_rewinds", "source" => self.name().to_owned()).increment(1);
+                later(known)
+            }
+            _ => state.created.clone(),
+        };
+        // The database may have lost its account where cold storage has not.
+        let archived = self.cold.last_position(self.name(), &incarnation).await?;
+        let next = archived.map_or(state.first, |last| last + 1).max(1);
+        let to = ArchivePosition { incarnation: Some(incarnation), next, after: None };
+        if !pg::restart_archive_source(&self.leases.pool, lease, &to).await? {
+            return Err(ArchiveError::LeaseLost(lease.source.clone()));
+        }
+        info!(source = self.name(), incarnation = to.incarnation, next, "Begins to archive a stream");
+        *position = to;
+        Ok(())
+    }
+
+    /// Whether enough has gathered, or has waited long enough. `oldest` remembers when the message at the position came.
+    async fn is_due(
+        &self,
+        position: &ArchivePosition,
+        state: &StreamState,
+        oldest: &mut Option<(u64, Timestamp)>,
+    ) -> Result<bool, ArchiveError> {
+        let waiting = (state.last + 1).saturating_sub(position.next);
+        gauge!("bus_archive_waiting", "source" => self.name().to_owned()).set(waiting as f64);
+        let behind = gauge!("bus_archive_behind_seconds", "source" => self.name().to_owned());
+        if waiting == 0 {
+            behind.set(0);
+            return Ok(false);
+        }
+        let since = match *oldest {
+            Some((at, since)) if at == position.next => since,
+            // What was deleted under us is of no age, and has waited long enough.
+            _ => self.time_of(position.next).await?.unwrap_or(Timestamp::UNIX_EPOCH),
+        };
+        *oldest = Some((position.next, since));
+        let age = Duration::try_from(self.clock.now().duration_since(since)).unwrap_or_default();
+        behind.set(age.as_secs_f64());
+        let bytes = state.bytes / state.messages.max(1) * waiting;
+        Ok(waiting >= self.config.batch_messages
+            || bytes >= self.config.batch_bytes
+            || age >= Duration::from_secs(self.config.batch_age_s))
+    }
+
+    /// One batch, from the position on.
+    async fn archive(
+        &self,
+        lease: &ArchiveLease,
+        position: &mut ArchivePosition,
+        state: &StreamState,
+    ) -> Result<(), ArchiveError> {
+        let incarnation = position.incarnation.clone().unwrap_or_default();
+        let slot = Slot { source: self.name().to_owned(), incarnation, first: position.next };
+        let manifest = match self.cold.manifest_at(&slot).await? {
+            Some(manifest) => self.repeated(manifest),
+            None => self.write(lease, &slot, state).await?,
+        };
+        let Some(next) = manifest.source.next() else {
+            return Err(ArchiveError::Vanished { source_name: slot.source, first: slot.first });
+        };
+        let batch = ArchivedBatch { first: slot.first, last: next - 1, newest: manifest.created_at };
+        if !pg::note_archived(&self.leases.pool, lease, &batch, None).await? {
+            return Err(ArchiveError::LeaseLost(lease.source.clone()));
+        }
+        fault::point("archiver.noted").await;
+        position.next = next;
+        Ok(())
+    }
+
+    /// Somebody committed this batch and died before it was noted.
+    fn repeated(&self, manifest: Manifest) -> Manifest {
+        info!(source = self.name(), batch = %manifest.slot(), writer = manifest.writer, "This batch is archived already");
+        counter!("bus_archive_repeats", "source" => self.name().to_owned()).increment(1);
+        manifest
+    }
+
+    async fn write(
+        &self,
+        lease: &ArchiveLease,
+        slot: &Slot,
+        state: &StreamState,
+    ) -> Result<Manifest, ArchiveError> {
+        let range = self.read(slot.first, state.last).await?;
+        let (batch, last) = rows::batch(&range, &self.nats.names)?;
+        let messages = range.messages.iter().filter(|message| message.sequence <= last).count() as u64;
+        let missing = last + 1 - slot.first - messages;
+        if missing > 0 {
+            error!(source = self.name(), missing, first = slot.first, last, "Messages were gone before they were archived");
+            counter!("bus_archive_missing_messages", "source" => self.name().to_owned()).increment(missing);
+        }
+        fault::point("archiver.gathered").await;
+        let source = Source::Stream {
+            name: slot.source.clone(),
+            incarnation: slot.incarnation.clone(),
+            first: slot.first,
+            last,
+            messages,
+        };
+        let written = match batch.write(&self.cold, source, &self.leases.writer(lease), self.clock.now()).await {
+            Err(ColdError::AlreadyArchived(manifest)) => return Ok(self.repeated(*manifest)),
+            other => other?,
+        };
+        fault::point("archiver.written").await;
+        let confirmed = written.confirm(&self.cold).await?;
+        fault::point("archiver.confirmed").await;
+        let manifest = confirmed.commit(&self.cold).await?;
+        fault::point("archiver.committed").await;
+        let bytes = manifest.objects.iter().map(|object| object.bytes).sum();
+        let source = self.name().to_owned();
+        counter!("bus_archive_batches", "source" => source.clone()).increment(1);
+        counter!("bus_archive_rows", "source" => source.clone()).increment(manifest.rows);
+        counter!("bus_archive_bytes", "source" => source).increment(bytes);
+        info!(source = self.name(), batch = %manifest.slot(), last, rows = manifest.rows, bytes, "Archived a batch");
+        Ok(manifest)
+    }
+}
+
+/// The name of a stream that counts its messages anew, though it was not created anew: `created`, `created-r1`, …
+fn later(incarnation: &str) -> String {
+    let (created, rewinds) = incarnation.split_once("-r").unwrap_or((incarnation, "0"));
+    format!("{created}-r{}", rewinds.parse::<u64>().unwrap_or(0) + 1)
+}
