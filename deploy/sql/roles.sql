@@ -32,6 +32,8 @@ GRANT DELETE ON delivery_queue TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE, DELETE ON replays TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON scheduled_events, schedules TO bus_publisher;
 GRANT SELECT ON occurrences TO bus_publisher;
+-- Records are written and read, never changed.
+GRANT SELECT, INSERT ON audit_records TO bus_publisher;
 
 GRANT SELECT ON connections, subscriptions, events TO bus_worker;
 GRANT EXECUTE ON FUNCTION disable_connection(uuid, uuid, bigint, text) TO bus_worker;
@@ -58,4 +60,5 @@ GRANT SELECT, INSERT ON delivery_attempts TO bus_archiver;
 -- UPDATE is what SELECT … FOR UPDATE asks for.
 GRANT SELECT, UPDATE, DELETE ON outbox, event_keys, delivery_states, scheduled_events, schedules TO bus_archiver;
 GRANT SELECT (uid) ON events TO bus_archiver;
+GRANT SELECT, UPDATE ON audit_records TO bus_archiver;
 GRANT EXECUTE ON FUNCTION create_day_partition(text, date) TO bus_archiver;

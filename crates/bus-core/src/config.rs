@@ -158,7 +158,7 @@ pub struct ShutdownConfig {
 
 /// Every top-level key of any role. One file or one environment may serve all binaries, so a section
 /// that belongs to another role is accepted; a name that belongs to none is refused.
-const KNOWN: [&str; 19] = [
+const KNOWN: [&str; 20] = [
     "backend",
     "prefix",
     "lanes",
@@ -167,6 +167,7 @@ const KNOWN: [&str; 19] = [
     "nats",
     "notify",
     "admin",
+    "audit",
     "telemetry",
     "shutdown",
     "http",

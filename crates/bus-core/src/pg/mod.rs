@@ -4,6 +4,7 @@
 //! clocks of two machines may disagree, and only the database's is shared.
 
 mod agenda;
+pub mod audit;
 mod connections;
 mod dead_letters;
 mod deliveries;

@@ -6,7 +6,7 @@ use sqlx::PgPool;
 use super::{During as _, StoreError};
 
 /// The tables that are partitioned by day.
-const PARTITIONED: [&str; 3] = ["events", "delivery_attempts", "occurrences"];
+const PARTITIONED: [&str; 4] = ["events", "delivery_attempts", "occurrences", "audit_records"];
 
 /// Creates the partitions of the `days` days after today, so that each is there before its first row; the
 /// migration creates those of the first days. Should nobody do it for longer, rows go to the default
