@@ -165,6 +165,7 @@ const KNOWN: [&str; 20] = [
     "streams",
     "notify",
     "admin",
+    "audit",
     "telemetry",
     "shutdown",
     "http",

@@ -77,6 +77,10 @@ id!(
     /// An event that recurs.
     ScheduleId
 );
+id!(
+    /// One audit record.
+    AuditId
+);
 
 impl DeliveryId {
     /// The delivery of `event` to `subscription`: a UUIDv5 (RFC 9562 §5.5) of the two, so that

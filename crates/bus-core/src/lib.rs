@@ -3,6 +3,7 @@
 
 pub mod address;
 pub mod answer;
+pub mod audit;
 pub mod clock;
 pub mod cloudevent;
 pub mod config;
@@ -31,3 +32,4 @@ pub mod subscription;
 pub mod supervise;
 pub mod telemetry;
 pub mod webhook_rules;
+mod words;

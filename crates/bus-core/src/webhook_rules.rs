@@ -44,6 +44,19 @@ const RESERVED_HEADERS: [&str; 14] = [
 /// Standard Webhooks and CloudEvents binary mode.
 const RESERVED_PREFIXES: [&str; 2] = ["webhook-", "ce-"];
 
+/// Stands for a value that is not shown.
+pub const REDACTED: &str = "***";
+
+/// A header whose name contains one of these carries a credential, as far as can be told.
+const SENSITIVE: [&str; 8] =
+    ["auth", "cookie", "credential", "key", "password", "secret", "signature", "token"];
+
+/// Whether the value of a connection's header of that name is shown to nobody.
+pub fn is_sensitive(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    SENSITIVE.iter().any(|part| name.contains(part))
+}
+
 /// Why a connection's own headers were refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -146,6 +159,18 @@ mod tests {
 
     fn check(headers: &[(&str, &str)]) -> Result<(), HeadersRefused> {
         check_headers(&headers.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect())
+    }
+
+    #[test]
+    fn headers_that_may_carry_credentials_are_hidden() {
+        for name in
+            ["authorization", "Proxy-Authorization", "cookie", "x-api-key", "X-Auth-Token", "x-hub-signature"]
+        {
+            assert!(is_sensitive(name), "{name}");
+        }
+        for name in ["user-agent", "x-environment", "accept"] {
+            assert!(!is_sensitive(name), "{name}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use bus_core::{
+    audit::By,
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     lifecycle::{State, Step},
@@ -106,9 +107,16 @@ impl Scene {
         let last = LastAttempt::default();
         let pool = &self.pool;
         let close = async |closed| {
-            pg::close_deliveries(pool, key.organization, key.event, Some(key.connection), closed)
-                .await
-                .unwrap();
+            pg::close_deliveries(
+                pool,
+                key.organization,
+                key.event,
+                Some(key.connection),
+                closed,
+                &By::system(SystemIds.next()),
+            )
+            .await
+            .unwrap();
         };
         let settle = async |action| {
             let whose = Whose { organization: key.organization, only: None };

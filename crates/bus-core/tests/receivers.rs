@@ -5,6 +5,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use bus_core::{
+    audit::By,
     connection::{Connection, ContentMode, Target, Webhook},
     ids::{ConnectionId, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     pattern::TypePattern,
@@ -35,7 +36,7 @@ impl Fixture {
         let pool = PgPool::connect(database.url()).await.unwrap();
         let worker = PgPool::connect(&role_url(database.url(), Role::DeliveryWorker).unwrap()).await.unwrap();
         let organization = OrganizationId(SystemIds.next());
-        pg::create_organization(&pool, organization, "acme").await.unwrap();
+        pg::create_organization(&pool, organization, "acme", &By::system(SystemIds.next())).await.unwrap();
         Self { database, pool, worker, organization }
     }
 
@@ -63,7 +64,7 @@ impl Fixture {
             enabled: true,
             target: Target::Webhook(Box::new(webhook)),
         };
-        let created = pg::create_connection(&self.pool, new).await.unwrap();
+        let created = pg::create_connection(&self.pool, new, &By::system(SystemIds.next())).await.unwrap();
         assert!(matches!(created, CreateConnection::Created(_)), "{created:?}");
         id
     }
@@ -77,8 +78,16 @@ impl Fixture {
         let id = SubscriptionId(SystemIds.next());
         let event_type = TypePattern::parse(name).unwrap();
         let wanted = Wanted { event_type, publisher: None, filter: None, rules, enabled: true };
-        let created =
-            pg::create_subscription(&self.pool, self.organization, id, connection, &wanted).await.unwrap();
+        let created = pg::create_subscription(
+            &self.pool,
+            self.organization,
+            id,
+            connection,
+            &wanted,
+            &By::system(SystemIds.next()),
+        )
+        .await
+        .unwrap();
         assert!(matches!(created, CreateSubscription::Created(_)), "{created:?}");
         id
     }
@@ -107,7 +116,15 @@ impl Fixture {
             webhook.timeout = Duration::from_secs(seconds);
             Ok(connection)
         };
-        let changed = pg::change_connection(&self.pool, self.organization, connection, change).await.unwrap();
+        let changed = pg::change_connection(
+            &self.pool,
+            self.organization,
+            connection,
+            change,
+            &By::system(SystemIds.next()),
+        )
+        .await
+        .unwrap();
         assert!(matches!(changed, ChangeConnection::Stored(_)), "{changed:?}");
     }
 }
@@ -124,7 +141,17 @@ async fn a_worker_reads_a_connection_with_the_rules_of_its_subscriptions() {
     let live = fixture.subscription(connection, "live", both.clone()).await;
     let deleted = fixture.subscription(connection, "deleted", batched.clone()).await;
     fixture.subscription(other, "live", batched.clone()).await;
-    assert!(pg::delete_subscription(&fixture.pool, fixture.organization, None, deleted).await.unwrap());
+    assert!(
+        pg::delete_subscription(
+            &fixture.pool,
+            fixture.organization,
+            None,
+            deleted,
+            &By::system(SystemIds.next())
+        )
+        .await
+        .unwrap()
+    );
 
     let read = |organization| pg::receiver(&fixture.worker, organization, connection);
     let receiver = read(fixture.organization).await.unwrap().unwrap();
@@ -135,7 +162,11 @@ async fn a_worker_reads_a_connection_with_the_rules_of_its_subscriptions() {
     assert_eq!(webhook.final_statuses, [404, 422]);
     // I3
     assert_eq!(read(OrganizationId(SystemIds.next())).await.unwrap(), None);
-    assert!(pg::delete_connection(&fixture.pool, fixture.organization, connection).await.unwrap());
+    assert!(
+        pg::delete_connection(&fixture.pool, fixture.organization, connection, &By::system(SystemIds.next()))
+            .await
+            .unwrap()
+    );
     assert_eq!(read(fixture.organization).await.unwrap(), None);
     fixture.end().await;
 }

@@ -7,6 +7,7 @@ mod common;
 use std::{collections::BTreeSet, time::Duration};
 
 use bus_core::{
+    audit::By,
     delivery::Progress,
     ids::{ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SystemIds},
     lifecycle::{State, Step},
@@ -110,7 +111,7 @@ async fn the_rate_is_kept() {
         .await
         .unwrap();
         assert!((wait - seconds).abs() < 1e-3, "{per_second}: {wait}");
-        pg::cancel_replay(&scene.owner, scene.whose, id).await.unwrap();
+        pg::cancel_replay(&scene.owner, scene.whose, id, &By::system(SystemIds.next())).await.unwrap();
     }
     // What does not come back costs no wait.
     let nothing = scene.subscription(">", Some("$[?$.none]")).await;
@@ -130,7 +131,10 @@ async fn a_cancelled_job_stops_where_it_is() {
     scene.events("a", 20).await;
     let id = scene.start(since(subscription), 5).await;
     replay_due(&scene.scheduler).await.unwrap();
-    let cancelled = pg::cancel_replay(&scene.owner, scene.whose, id).await.unwrap().unwrap();
+    let cancelled = pg::cancel_replay(&scene.owner, scene.whose, id, &By::system(SystemIds.next()))
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(progress(&cancelled), (ReplayState::Cancelled, 5, 5));
     scene.skip_wait().await;
     replay_due(&scene.scheduler).await.unwrap();

@@ -12,6 +12,7 @@ use std::{
 
 use async_trait::async_trait;
 use bus_core::{
+    audit::By,
     clock::{Clock as _, SystemClock},
     config::load,
     connection::Connection,
@@ -193,7 +194,8 @@ impl Scene {
     }
 
     async fn cancel(&self, event: EventUid) {
-        let closed = pg::close_deliveries(&self.pool, self.organization, event, None, Closed::Cancelled);
+        let by = By::system(SystemIds.next());
+        let closed = pg::close_deliveries(&self.pool, self.organization, event, None, Closed::Cancelled, &by);
         for id in closed.await.unwrap().unwrap() {
             self.hints.announce(&[Hint::Cancelled(id)]).await.unwrap();
         }

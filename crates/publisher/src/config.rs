@@ -27,6 +27,16 @@ pub struct PublisherConfig {
     pub replay: ReplayConfig,
     /// Events that recur, or are due later.
     pub schedules: SchedulesConfig,
+    /// Audit records.
+    pub audit: AuditConfig,
+}
+
+/// Audit records. Changes always leave one.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuditConfig {
+    /// Whether reading what an event says leaves one, too.
+    pub payload_access: bool,
 }
 
 /// Events that recur, or are due later.

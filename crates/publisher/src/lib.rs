@@ -94,6 +94,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         },
         schedules: ctx.config.schedules.clone(),
         replays_per_second: ctx.config.replay.per_second,
+        payload_access: ctx.config.audit.payload_access,
         max_body_bytes: publish.max_body_bytes,
         clock: Arc::clone(&ctx.clock),
         ids: Arc::clone(&ctx.ids),

@@ -40,6 +40,8 @@ pub struct Inner {
     pub schedules: SchedulesConfig,
     /// How many deliveries of a replay come back in a second, unless the request says so.
     pub replays_per_second: u32,
+    /// Whether reading what an event says leaves an audit record.
+    pub payload_access: bool,
     /// The most bytes of a request's body.
     pub max_body_bytes: usize,
     /// The time.

@@ -3,7 +3,11 @@
 
 mod common;
 
-use bus_core::pg::{self, CancelScheduled};
+use bus_core::{
+    audit::By,
+    ids::{Ids as _, SystemIds},
+    pg::{self, CancelScheduled},
+};
 use common::{Bus, Caller, Check as _, ahead, pointers, problem};
 use devkit::{client::Reply, processes::Role};
 use http::Method;
@@ -165,7 +169,10 @@ async fn a_repeated_request_waits_once() {
     let organization = tenant.id.parse().unwrap();
     let uid = expected["uid"].as_str().unwrap();
     for _ in 0..2 {
-        let cancelled = pg::cancel_scheduled(&pool, organization, uid.parse().unwrap()).await.unwrap();
+        let cancelled =
+            pg::cancel_scheduled(&pool, organization, uid.parse().unwrap(), &By::system(SystemIds.next()))
+                .await
+                .unwrap();
         assert_eq!(cancelled, CancelScheduled::Cancelled);
     }
     assert_eq!(api.get(&format!("{EVENTS}/{uid}")).await.expect(200).body["status"], "cancelled");
@@ -173,7 +180,9 @@ async fn a_repeated_request_waits_once() {
     problem(&api.bare(&format!("{EVENTS}/{uid}/replay")).await, 409, "not-published");
     assert_eq!(api.all(WAITING, 50).await[0]["status"], "cancelled");
     let stranger = bus.tenant("stranger").await.id.parse().unwrap();
-    let foreign = pg::cancel_scheduled(&pool, stranger, uid.parse().unwrap()).await.unwrap();
+    let foreign = pg::cancel_scheduled(&pool, stranger, uid.parse().unwrap(), &By::system(SystemIds.next()))
+        .await
+        .unwrap();
     assert_eq!(foreign, CancelScheduled::NotThere);
     pool.close().await;
     bus.stop().await;

@@ -4,16 +4,18 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use jiff_sqlx::ToSqlx as _;
+use serde_json::json;
 use sqlx::{PgConnection, PgPool, types::Json};
 use url::Url;
 use uuid::Uuid;
 
 use super::{
-    During as _, PageRequest, Paged, StoreError,
+    During as _, PageRequest, Paged, StoreError, audit,
     organizations::{bump_organization, lock_organization},
     schedules::cancel_schedules_of,
 };
 use crate::{
+    audit::{Action, By, Change, TargetKind, shown},
     connection::{Connection, ContentMode, Target, Webhook},
     ids::{ConnectionId, OrganizationId},
     signature::SigningSecret,
@@ -192,7 +194,11 @@ impl From<&Target> for TargetColumns {
 }
 
 /// Stores a connection.
-pub async fn create_connection(pool: &PgPool, new: NewConnection) -> Result<CreateConnection, StoreError> {
+pub async fn create_connection(
+    pool: &PgPool,
+    new: NewConnection,
+    by: &By,
+) -> Result<CreateConnection, StoreError> {
     let target = TargetColumns::from(&new.target);
     let mut transaction = pool.begin().await.during("begin to create a connection")?;
     lock_organization(&mut transaction, new.organization).await?;
@@ -220,8 +226,12 @@ pub async fn create_connection(pool: &PgPool, new: NewConnection) -> Result<Crea
     .during("create a connection")?;
     let Some(row) = row else { return Ok(CreateConnection::NameTaken) };
     bump_organization(&mut transaction, new.organization).await?;
+    let connection = Connection::try_from(row)?;
+    let change = Change::new(Action::ConnectionCreated, TargetKind::Connection, new.id);
+    let change = change.after(shown::connection(&connection));
+    audit::record(&mut transaction, by, Some(new.organization), change).await?;
     transaction.commit().await.during("commit a new connection")?;
-    Ok(CreateConnection::Created(Box::new(row.try_into()?)))
+    Ok(CreateConnection::Created(Box::new(connection)))
 }
 
 /// The connection of that id.
@@ -276,6 +286,7 @@ pub async fn change_connection<E>(
     organization: OrganizationId,
     id: ConnectionId,
     change: impl FnOnce(Connection) -> Result<Connection, E>,
+    by: &By,
 ) -> Result<ChangeConnection<E>, StoreError> {
     let mut transaction = pool.begin().await.during("begin to change a connection")?;
     lock_organization(&mut transaction, organization).await?;
@@ -332,8 +343,12 @@ pub async fn change_connection<E>(
         other => other?,
     };
     bump_organization(&mut transaction, organization).await?;
+    let changed = Connection::try_from(row)?;
+    let (before, after) = shown::changed_connection(&before, &changed);
+    let change = Change::new(Action::ConnectionChanged, TargetKind::Connection, id);
+    audit::record(&mut transaction, by, Some(organization), change.before(before).after(after)).await?;
     transaction.commit().await.during("commit a changed connection")?;
-    Ok(ChangeConnection::Stored(Box::new(row.try_into()?)))
+    Ok(ChangeConnection::Stored(Box::new(changed)))
 }
 
 /// Counts a change of what workers keep with a connection. Belongs in the change's own transaction, whose
@@ -356,23 +371,33 @@ pub async fn delete_connection(
     pool: &PgPool,
     organization: OrganizationId,
     id: ConnectionId,
+    by: &By,
 ) -> Result<bool, StoreError> {
     let mut transaction = pool.begin().await.during("begin to delete a connection")?;
     lock_organization(&mut transaction, organization).await?;
-    let deleted = sqlx::query(
+    let row: Option<ConnectionRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM connections WHERE id = $1 AND organization_id = $2 AND deleted_at IS NULL FOR UPDATE"
+    ))
+    .bind(id.0)
+    .bind(organization.0)
+    .fetch_optional(&mut *transaction)
+    .await
+    .during("read a connection that is to be deleted")?;
+    let Some(row) = row else { return Ok(false) };
+    let before = Connection::try_from(row)?;
+    sqlx::query(
         "UPDATE connections
             SET deleted_at = now(), updated_at = now(), version = version + 1, enabled = false
-          WHERE id = $1 AND organization_id = $2 AND deleted_at IS NULL",
+          WHERE id = $1 AND organization_id = $2",
     )
     .bind(id.0)
     .bind(organization.0)
     .execute(&mut *transaction)
     .await
     .during("delete a connection")?;
-    if deleted.rows_affected() == 0 {
-        return Ok(false);
-    }
-    sqlx::query(
+    let subscriptions = sqlx::query(
         "UPDATE subscriptions SET deleted_at = now(), updated_at = now()
           WHERE connection_id = $1 AND deleted_at IS NULL",
     )
@@ -380,7 +405,7 @@ pub async fn delete_connection(
     .execute(&mut *transaction)
     .await
     .during("delete the subscriptions of a connection")?;
-    sqlx::query(
+    let keys = sqlx::query(
         "UPDATE api_keys SET revoked_at = now()
           WHERE organization_id = $1 AND connection_id = $2 AND revoked_at IS NULL",
     )
@@ -389,8 +414,15 @@ pub async fn delete_connection(
     .execute(&mut *transaction)
     .await
     .during("revoke the keys of a connection")?;
-    cancel_schedules_of(&mut transaction, organization, id).await?;
+    let schedules = cancel_schedules_of(&mut transaction, organization, id).await?;
     bump_organization(&mut transaction, organization).await?;
+    let change = Change::new(Action::ConnectionDeleted, TargetKind::Connection, id);
+    let change = change.before(shown::connection(&before)).after(json!({
+        "subscriptionsDeleted": subscriptions.rows_affected(),
+        "keysRevoked": keys.rows_affected(),
+        "schedulesCancelled": schedules,
+    }));
+    audit::record(&mut transaction, by, Some(organization), change).await?;
     transaction.commit().await.during("commit a deleted connection")?;
     Ok(true)
 }

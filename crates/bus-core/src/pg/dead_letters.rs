@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use sqlx::{PgConnection, PgPool, Postgres, QueryBuilder, Row as _, postgres::PgRow};
 use uuid::Uuid;
 
-use super::{During as _, LastAttempt, StoreError, events::pattern_regex};
+use super::{During as _, LastAttempt, StoreError, audit, events::pattern_regex};
 use crate::{
+    audit::{Action, By, Change, TargetKind},
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, SubscriptionId},
     pattern::TypePattern,
 };
@@ -309,7 +310,8 @@ pub enum DeadLetterAction {
 }
 
 /// Replays or discards those of the deliveries that are dead; says how many were. A discarded one is cancelled,
-/// so that neither a late result nor a replay brings it back.
+/// so that neither a late result nor a replay brings it back. Whoever asked for it is on record by then: a job is, from
+/// its creation on, and [`settle_dead_letter`] sees to it for one.
 pub async fn settle_dead_letters(
     connection: &mut PgConnection,
     whose: Whose,
@@ -342,4 +344,26 @@ pub async fn settle_dead_letters(
         .await
         .during("replay or discard dead letters")?;
     Ok(settled.rows_affected())
+}
+
+/// Replays or discards one dead letter, as [`settle_dead_letters`] does. False if there is no such dead letter.
+pub async fn settle_dead_letter(
+    pool: &PgPool,
+    whose: Whose,
+    delivery: DeliveryId,
+    action: DeadLetterAction,
+    by: &By,
+) -> Result<bool, StoreError> {
+    let mut transaction = pool.begin().await.during("begin to replay or discard a dead letter")?;
+    if settle_dead_letters(&mut transaction, whose, &[delivery.0], action).await? == 0 {
+        return Ok(false);
+    }
+    let action = match action {
+        DeadLetterAction::Replay => Action::DeadLetterReplayed,
+        DeadLetterAction::Discard => Action::DeadLetterDiscarded,
+    };
+    let change = Change::new(action, TargetKind::DeadLetter, delivery);
+    audit::record(&mut transaction, by, Some(whose.organization), change).await?;
+    transaction.commit().await.during("commit a dead letter that was replayed or discarded")?;
+    Ok(true)
 }

@@ -7,11 +7,13 @@ use std::{collections::HashMap, time::Duration};
 
 use bytes::Bytes;
 use jiff::Timestamp;
-use sqlx::{PgPool, Row as _, postgres::PgRow};
+use serde_json::json;
+use sqlx::{PgConnection, PgPool, Row as _, postgres::PgRow};
 use uuid::Uuid;
 
-use super::{During as _, StoreError, publish::seconds, storable};
+use super::{During as _, StoreError, audit, organizations::lock_organization, publish::seconds, storable};
 use crate::{
+    audit::{Action, By, Change, TargetKind},
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId},
     lifecycle::State,
@@ -290,15 +292,24 @@ pub async fn standings(
 
 /// Closes the deliveries of an event to a connection, or to all of them, that are still open, as far as is known:
 /// those without a row may be delivered already. Answers which are closed now, by this call or an earlier one;
-/// `None` if the organization has no such event.
+/// `None` if the organization has no such event. A cancellation leaves an audit record if it closes any; what is
+/// acknowledged is in history.
 pub async fn close_deliveries(
     pool: &PgPool,
     organization: OrganizationId,
     event: EventUid,
     only: Option<ConnectionId>,
     closed: Closed,
+    by: &By,
 ) -> Result<Option<Vec<DeliveryId>>, StoreError> {
     const OPERATION: &str = "close an event's deliveries";
+    let mut transaction = pool.begin().await.during(OPERATION)?;
+    let mut cancelled_before = 0;
+    if closed == Closed::Cancelled {
+        // Of two cancellations at once, one finds what the other has done.
+        lock_organization(&mut transaction, organization).await?;
+        cancelled_before = count_cancelled(&mut transaction, organization, event, only).await?;
+    }
     let only = only.map(|connection| connection.0);
     let matched = sqlx::query(
         "SELECT s.id, s.connection_id
@@ -310,7 +321,7 @@ pub async fn close_deliveries(
     .bind(event.0)
     .bind(organization.0)
     .bind(only)
-    .fetch_all(pool)
+    .fetch_all(&mut *transaction)
     .await
     .during(OPERATION)?;
     if matched.is_empty() {
@@ -348,11 +359,42 @@ pub async fn close_deliveries(
     .bind(subscriptions)
     .bind(connections)
     .bind(State::from(closed).as_str())
-    .fetch_all(pool)
+    .fetch_all(&mut *transaction)
     .await
     .during(OPERATION)?;
-    let closed = rows.iter().map(|row| row.try_get("delivery_id").map(DeliveryId)).collect::<Result<_, _>>();
-    Ok(Some(closed.during(OPERATION)?))
+    let are_closed: Vec<DeliveryId> = rows
+        .iter()
+        .map(|row| row.try_get("delivery_id").map(DeliveryId))
+        .collect::<Result<_, _>>()
+        .during(OPERATION)?;
+    let newly = i64::try_from(are_closed.len()).unwrap_or(i64::MAX) - cancelled_before;
+    if closed == Closed::Cancelled && newly > 0 {
+        let change = Change::new(Action::EventCancelled, TargetKind::Event, event);
+        let change = change.after(json!({ "deliveriesCancelled": newly }));
+        audit::record(&mut transaction, by, Some(organization), change).await?;
+    }
+    transaction.commit().await.during(OPERATION)?;
+    Ok(Some(are_closed))
+}
+
+/// How many deliveries of an event, to a connection or to all of them, are cancelled.
+async fn count_cancelled(
+    transaction: &mut PgConnection,
+    organization: OrganizationId,
+    event: EventUid,
+    only: Option<ConnectionId>,
+) -> Result<i64, StoreError> {
+    sqlx::query_scalar(
+        "SELECT count(*) FROM delivery_states
+         WHERE event_uid = $1 AND organization_id = $2 AND ($3::uuid IS NULL OR connection_id = $3)
+           AND state = 'cancelled'",
+    )
+    .bind(event.0)
+    .bind(organization.0)
+    .bind(only.map(|connection| connection.0))
+    .fetch_one(transaction)
+    .await
+    .during("count an event's cancelled deliveries")
 }
 
 /// How a delivery is closed from outside.

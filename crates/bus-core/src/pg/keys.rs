@@ -7,8 +7,11 @@ use jiff_sqlx::ToSqlx as _;
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use super::{During as _, PageRequest, Paged, StoreError, organizations::lock_organization};
-use crate::ids::{ConnectionId, KeyId, OrganizationId};
+use super::{During as _, PageRequest, Paged, StoreError, audit, organizations::lock_organization};
+use crate::{
+    audit::{Action, By, Change, TargetKind, shown},
+    ids::{ConnectionId, KeyId, OrganizationId},
+};
 
 /// What a key may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -200,7 +203,7 @@ macro_rules! columns {
 }
 
 /// Stores a key.
-pub async fn create_key(pool: &PgPool, new: NewKey) -> Result<CreateKey, StoreError> {
+pub async fn create_key(pool: &PgPool, new: NewKey, by: &By) -> Result<CreateKey, StoreError> {
     let mut transaction = pool.begin().await.during("begin to create a key")?;
     // The lock keeps the connection from being deleted, which would revoke the keys that it has now.
     if !lock_organization(&mut transaction, new.organization).await? {
@@ -236,8 +239,11 @@ pub async fn create_key(pool: &PgPool, new: NewKey) -> Result<CreateKey, StoreEr
     .fetch_one(&mut *transaction)
     .await
     .during("create a key")?;
+    let key = ApiKey::try_from(row)?;
+    let change = Change::new(Action::KeyCreated, TargetKind::Key, key.id).after(shown::key(&key));
+    audit::record(&mut transaction, by, Some(key.organization), change).await?;
     transaction.commit().await.during("commit a new key")?;
-    Ok(CreateKey::Created(row.try_into()?))
+    Ok(CreateKey::Created(key))
 }
 
 /// The keys of an organization, oldest first, with those that are revoked or have expired.
@@ -263,16 +269,42 @@ pub async fn keys(
 
 /// Revokes a key; one that is revoked already stays as it is. False if the organization has no such
 /// key.
-pub async fn revoke_key(pool: &PgPool, organization: OrganizationId, id: KeyId) -> Result<bool, StoreError> {
-    let done = sqlx::query(
-        "UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1 AND organization_id = $2",
-    )
+pub async fn revoke_key(
+    pool: &PgPool,
+    organization: OrganizationId,
+    id: KeyId,
+    by: &By,
+) -> Result<bool, StoreError> {
+    const OPERATION: &str = "revoke a key";
+    let mut transaction = pool.begin().await.during(OPERATION)?;
+    let revoked: Option<KeyRow> = sqlx::query_as(concat!(
+        "UPDATE api_keys SET revoked_at = now()
+          WHERE id = $1 AND organization_id = $2 AND revoked_at IS NULL
+          RETURNING ",
+        columns!()
+    ))
     .bind(id.0)
     .bind(organization.0)
-    .execute(pool)
+    .fetch_optional(&mut *transaction)
     .await
-    .during("revoke a key")?;
-    Ok(done.rows_affected() == 1)
+    .during(OPERATION)?;
+    let Some(row) = revoked else {
+        return sqlx::query_scalar(
+            "SELECT EXISTS (SELECT FROM api_keys WHERE id = $1 AND organization_id = $2)",
+        )
+        .bind(id.0)
+        .bind(organization.0)
+        .fetch_one(&mut *transaction)
+        .await
+        .during(OPERATION);
+    };
+    let after = ApiKey::try_from(row)?;
+    let before = ApiKey { revoked_at: None, ..after.clone() };
+    let change = Change::new(Action::KeyRevoked, TargetKind::Key, id);
+    let change = change.before(shown::key(&before)).after(shown::key(&after));
+    audit::record(&mut transaction, by, Some(organization), change).await?;
+    transaction.commit().await.during(OPERATION)?;
+    Ok(true)
 }
 
 /// Whom the key with this SHA-256 stands for; none if it is unknown, revoked or has expired.

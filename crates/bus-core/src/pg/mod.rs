@@ -5,6 +5,7 @@
 
 mod agenda;
 mod archive;
+pub mod audit;
 mod connections;
 mod dead_letters;
 mod deliveries;

@@ -4,8 +4,11 @@ use jiff::Timestamp;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-use super::{During as _, StoreError};
-use crate::ids::OrganizationId;
+use super::{During as _, StoreError, audit};
+use crate::{
+    audit::{Action, By, Change, TargetKind, shown},
+    ids::OrganizationId,
+};
 
 /// A tenant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,7 +89,9 @@ pub async fn create_organization(
     pool: &PgPool,
     id: OrganizationId,
     name: &str,
+    by: &By,
 ) -> Result<CreateOrganization, StoreError> {
+    let mut transaction = pool.begin().await.during("begin to create an organization")?;
     let row: Option<OrganizationRow> = sqlx::query_as(
         "INSERT INTO organizations (id, name) VALUES ($1, $2)
          ON CONFLICT (name) DO NOTHING
@@ -94,10 +99,16 @@ pub async fn create_organization(
     )
     .bind(id.0)
     .bind(name)
-    .fetch_optional(pool)
+    .fetch_optional(&mut *transaction)
     .await
     .during("create an organization")?;
-    Ok(row.map_or(CreateOrganization::NameTaken, |row| CreateOrganization::Created(row.into())))
+    let Some(row) = row else { return Ok(CreateOrganization::NameTaken) };
+    let organization = Organization::from(row);
+    let change = Change::new(Action::OrganizationCreated, TargetKind::Organization, id);
+    let change = change.after(shown::organization(&organization));
+    audit::record(&mut transaction, by, Some(id), change).await?;
+    transaction.commit().await.during("commit a new organization")?;
+    Ok(CreateOrganization::Created(organization))
 }
 
 /// The organization of that id.

@@ -14,10 +14,13 @@ use uuid::Uuid;
 
 pub use self::{walk::*, work::*};
 use super::{
-    DeadLetterAction, DeadLetterFilter, DeadPlace, During as _, PageRequest, Paged, StoreError, Whose,
+    DeadLetterAction, DeadLetterFilter, DeadPlace, During as _, PageRequest, Paged, StoreError, Whose, audit,
     organizations::lock_organization,
 };
-use crate::ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, ReplayId, SubscriptionId};
+use crate::{
+    audit::{Action, By, Change, TargetKind, shown},
+    ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, ReplayId, SubscriptionId},
+};
 
 /// The most jobs of one organization that are not finished.
 pub const MAX_OPEN_REPLAYS: i64 = 100;
@@ -214,7 +217,7 @@ impl TryFrom<ReplayRow> for Replay {
 }
 
 /// Stores a job, or finds the one that the same request has created already.
-pub async fn create_replay(pool: &PgPool, new: &NewReplay) -> Result<CreateReplay, StoreError> {
+pub async fn create_replay(pool: &PgPool, new: &NewReplay, by: &By) -> Result<CreateReplay, StoreError> {
     const OPERATION: &str = "create a replay";
     let organization = new.whose.organization.0;
     let mut transaction = pool.begin().await.during(OPERATION)?;
@@ -277,6 +280,8 @@ pub async fn create_replay(pool: &PgPool, new: &NewReplay) -> Result<CreateRepla
     .fetch_one(&mut *transaction)
     .await
     .during(OPERATION)?;
+    let change = Change::new(Action::ReplayCreated, TargetKind::Replay, new.id).after(shown::replay(new));
+    audit::record(&mut transaction, by, Some(new.whose.organization), change).await?;
     transaction.commit().await.during("commit a new replay")?;
     Ok(CreateReplay::Stored(Box::new(row.try_into()?)))
 }
@@ -319,8 +324,15 @@ pub async fn replays(pool: &PgPool, whose: Whose, page: PageRequest) -> Result<P
 
 /// Ends a job that is not finished, after the chunk that is under way, and gives it as it is then. One that is
 /// finished stays as it is.
-pub async fn cancel_replay(pool: &PgPool, whose: Whose, id: ReplayId) -> Result<Option<Replay>, StoreError> {
-    sqlx::query(
+pub async fn cancel_replay(
+    pool: &PgPool,
+    whose: Whose,
+    id: ReplayId,
+    by: &By,
+) -> Result<Option<Replay>, StoreError> {
+    const OPERATION: &str = "cancel a replay";
+    let mut transaction = pool.begin().await.during(OPERATION)?;
+    let cancelled = sqlx::query(
         "UPDATE replays SET state = 'cancelled', finished_at = now()
          WHERE id = $3 AND organization_id = $1 AND ($2::uuid IS NULL OR connection_id = $2)
            AND state IN ('pending', 'running')",
@@ -328,8 +340,13 @@ pub async fn cancel_replay(pool: &PgPool, whose: Whose, id: ReplayId) -> Result<
     .bind(whose.organization.0)
     .bind(whose.only.map(|id| id.0))
     .bind(id.0)
-    .execute(pool)
+    .execute(&mut *transaction)
     .await
-    .during("cancel a replay")?;
+    .during(OPERATION)?;
+    if cancelled.rows_affected() > 0 {
+        let change = Change::new(Action::ReplayCancelled, TargetKind::Replay, id);
+        audit::record(&mut transaction, by, Some(whose.organization), change).await?;
+    }
+    transaction.commit().await.during(OPERATION)?;
     replay(pool, whose, id).await
 }

@@ -2,11 +2,17 @@
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use serde_json::json;
 use sqlx::{PgConnection, PgPool, Row as _, postgres::PgRow};
 use uuid::Uuid;
 
-use super::{During as _, EVENT_PAGE_BYTES, NewEvent, PageRequest, Paged, StoreError, hold_transaction};
-use crate::ids::{ConnectionId, EventUid, OrganizationId, ScheduleId};
+use super::{
+    During as _, EVENT_PAGE_BYTES, NewEvent, PageRequest, Paged, StoreError, audit, hold_transaction,
+};
+use crate::{
+    audit::{Action, By, Change, TargetKind},
+    ids::{ConnectionId, EventUid, OrganizationId, ScheduleId},
+};
 
 /// An event that is due later.
 #[derive(Debug, Clone)]
@@ -230,17 +236,33 @@ pub async fn cancel_scheduled(
     pool: &PgPool,
     organization: OrganizationId,
     uid: EventUid,
+    by: &By,
 ) -> Result<CancelScheduled, StoreError> {
-    let cancelled = sqlx::query(
-        "UPDATE scheduled_events SET cancelled_at = coalesce(cancelled_at, now())
-         WHERE uid = $1 AND organization_id = $2",
+    const OPERATION: &str = "cancel an event that is due later";
+    let mut transaction = pool.begin().await.during(OPERATION)?;
+    let cancelled: Option<bool> = sqlx::query_scalar(
+        "SELECT cancelled_at IS NOT NULL FROM scheduled_events WHERE uid = $1 AND organization_id = $2 FOR UPDATE",
     )
     .bind(uid.0)
     .bind(organization.0)
-    .execute(pool)
+    .fetch_optional(&mut *transaction)
     .await
-    .during("cancel an event that is due later")?;
-    Ok(if cancelled.rows_affected() > 0 { CancelScheduled::Cancelled } else { CancelScheduled::NotThere })
+    .during(OPERATION)?;
+    match cancelled {
+        None => return Ok(CancelScheduled::NotThere),
+        Some(true) => return Ok(CancelScheduled::Cancelled),
+        Some(false) => {}
+    }
+    sqlx::query("UPDATE scheduled_events SET cancelled_at = now() WHERE uid = $1")
+        .bind(uid.0)
+        .execute(&mut *transaction)
+        .await
+        .during(OPERATION)?;
+    let change = Change::new(Action::EventCancelled, TargetKind::Event, uid);
+    let change = change.before(json!({ "status": "scheduled" })).after(json!({ "status": "cancelled" }));
+    audit::record(&mut transaction, by, Some(organization), change).await?;
+    transaction.commit().await.during(OPERATION)?;
+    Ok(CancelScheduled::Cancelled)
 }
 
 /// Deletes at most `limit` events that were cancelled longer than `keep_s` seconds ago, and as many schedules that are

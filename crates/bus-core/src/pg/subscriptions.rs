@@ -13,11 +13,12 @@ pub(super) use self::row::RulesColumns;
 use self::row::{Identity, SubscriptionRow, columns, filter_hash};
 pub use self::sync::*;
 use super::{
-    During as _, PageRequest, Paged, StoreError,
+    During as _, PageRequest, Paged, StoreError, audit,
     connections::bump_connection,
     organizations::{bump_organization, lock_organization},
 };
 use crate::{
+    audit::{Action, By, Change, TargetKind, shown},
     filter::PayloadFilter,
     ids::{ConnectionId, OrganizationId, SubscriptionId},
     pattern::TypePattern,
@@ -164,6 +165,7 @@ pub async fn create_subscription(
     id: SubscriptionId,
     connection: ConnectionId,
     wanted: &Wanted,
+    by: &By,
 ) -> Result<CreateSubscription, StoreError> {
     let mut transaction = pool.begin().await.during("begin to create a subscription")?;
     lock_organization(&mut transaction, organization).await?;
@@ -219,8 +221,12 @@ pub async fn create_subscription(
         bump_connection(&mut transaction, connection).await?;
     }
     bump_organization(&mut transaction, organization).await?;
+    let subscription = Subscription::try_from(row)?;
+    let change = Change::new(Action::SubscriptionCreated, TargetKind::Subscription, id);
+    let change = change.after(shown::subscription(&subscription));
+    audit::record(&mut transaction, by, Some(organization), change).await?;
     transaction.commit().await.during("commit a new subscription")?;
-    Ok(CreateSubscription::Created(row.try_into()?))
+    Ok(CreateSubscription::Created(subscription))
 }
 
 /// The subscription of that id; `only` hides those of all other connections.
@@ -281,6 +287,7 @@ pub async fn change_subscription<E>(
     only: Option<ConnectionId>,
     id: SubscriptionId,
     change: impl FnOnce(Wanted) -> Result<Wanted, E>,
+    by: &By,
 ) -> Result<ChangeSubscription<E>, StoreError> {
     let mut transaction = pool.begin().await.during("begin to change a subscription")?;
     lock_organization(&mut transaction, organization).await?;
@@ -361,8 +368,12 @@ pub async fn change_subscription<E>(
         bump_connection(&mut transaction, found.connection).await?;
     }
     bump_organization(&mut transaction, organization).await?;
+    let changed = Subscription::try_from(row)?;
+    let change = Change::new(Action::SubscriptionChanged, TargetKind::Subscription, id);
+    let change = change.before(shown::subscription(&found)).after(shown::subscription(&changed));
+    audit::record(&mut transaction, by, Some(organization), change).await?;
     transaction.commit().await.during("commit a changed subscription")?;
-    Ok(ChangeSubscription::Stored(Box::new(row.try_into()?)))
+    Ok(ChangeSubscription::Stored(Box::new(changed)))
 }
 
 /// Deletes a subscription; its row stays, so that history can name it. `only` hides those of all other
@@ -372,24 +383,28 @@ pub async fn delete_subscription(
     organization: OrganizationId,
     only: Option<ConnectionId>,
     id: SubscriptionId,
+    by: &By,
 ) -> Result<bool, StoreError> {
     let mut transaction = pool.begin().await.during("begin to delete a subscription")?;
     lock_organization(&mut transaction, organization).await?;
-    let deleted = sqlx::query(
+    let deleted: Option<SubscriptionRow> = sqlx::query_as(concat!(
         "UPDATE subscriptions SET deleted_at = now(), updated_at = now()
           WHERE id = $1 AND organization_id = $2 AND ($3::uuid IS NULL OR connection_id = $3)
-            AND deleted_at IS NULL",
-    )
+            AND deleted_at IS NULL
+          RETURNING ",
+        columns!()
+    ))
     .bind(id.0)
     .bind(organization.0)
     .bind(only.map(|id| id.0))
-    .execute(&mut *transaction)
+    .fetch_optional(&mut *transaction)
     .await
     .during("delete a subscription")?;
-    if deleted.rows_affected() == 0 {
-        return Ok(false);
-    }
+    let Some(row) = deleted else { return Ok(false) };
     bump_organization(&mut transaction, organization).await?;
+    let change = Change::new(Action::SubscriptionDeleted, TargetKind::Subscription, id);
+    let change = change.before(shown::subscription(&row.try_into()?));
+    audit::record(&mut transaction, by, Some(organization), change).await?;
     transaction.commit().await.during("commit a deleted subscription")?;
     Ok(true)
 }

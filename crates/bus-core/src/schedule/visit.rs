@@ -6,9 +6,9 @@ use jiff::{Timestamp, tz::TimeZone};
 
 use super::{
     Recurrence,
-    rules::{Missed, Overlap, Rules, words},
+    rules::{Missed, Overlap, Rules},
 };
-use crate::ids::ScheduleId;
+use crate::{ids::ScheduleId, words::words};
 
 words! {
     /// Why a tick was not fired.

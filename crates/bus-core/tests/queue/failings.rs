@@ -4,6 +4,8 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use bus_core::{
+    audit::By,
+    ids::{Ids as _, SystemIds},
     lifecycle::State,
     pg::{self, Closed, DeadLetter, LastAttempt, Park},
     queue::Body,
@@ -135,11 +137,17 @@ pub(crate) async fn late_result_overwrites(kind: Kind) {
         fixture.queue.enqueue(std::slice::from_ref(&delivery)).await.unwrap();
         let held = pull_all(&fixture.queue, 1).await.remove(0);
         let key = held.key;
-        let ids =
-            pg::close_deliveries(&fixture.pool, key.organization, key.event, Some(key.connection), closed)
-                .await
-                .unwrap()
-                .expect("the event exists");
+        let ids = pg::close_deliveries(
+            &fixture.pool,
+            key.organization,
+            key.event,
+            Some(key.connection),
+            closed,
+            &By::system(SystemIds.next()),
+        )
+        .await
+        .unwrap()
+        .expect("the event exists");
         assert_eq!(ids, [key.id]);
         fixture.queue.withdraw(&ids).await.unwrap();
         // The attempt that was under way fails; its worker does not know yet.

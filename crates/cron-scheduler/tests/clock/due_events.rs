@@ -1,6 +1,10 @@
 //! Events with a `deliverAt`.
 
-use bus_core::pg;
+use bus_core::{
+    audit::By,
+    ids::{Ids as _, SystemIds},
+    pg,
+};
 use jiff::SignedDuration;
 
 use crate::world::World;
@@ -50,7 +54,10 @@ async fn a_cancelled_event_is_never_published() {
     let due = "2026-05-01T12:00:00Z".parse().unwrap();
     let event = world.due_at(due).await;
     for _ in 0..2 {
-        let cancelled = pg::cancel_scheduled(&world.pool, world.organization, event).await.unwrap();
+        let cancelled =
+            pg::cancel_scheduled(&world.pool, world.organization, event, &By::system(SystemIds.next()))
+                .await
+                .unwrap();
         assert_eq!(cancelled, pg::CancelScheduled::Cancelled);
     }
     world.set(due).await;

@@ -1,6 +1,8 @@
 //! What becomes of ticks that nobody could fire in time, that overlap, or that somebody has paused.
 
 use bus_core::{
+    audit::By,
+    ids::{Ids as _, SystemIds},
     pg::{self, Turn},
     schedule::{Missed, Overlap, Rules},
 };
@@ -192,7 +194,10 @@ async fn paused_ticks_are_skipped_and_a_cancelled_schedule_never_fires_again() {
     pg::put_off_schedules(&world.pool, &[schedule], 60).await.unwrap();
     world.turn(schedule, Turn::Cancel).await;
     for turn in [Turn::Pause, Turn::Resume] {
-        let turned = pg::turn_schedule(&world.pool, world.whose(), schedule, turn).await.unwrap();
+        let turned =
+            pg::turn_schedule(&world.pool, world.whose(), schedule, turn, &By::system(SystemIds.next()))
+                .await
+                .unwrap();
         assert!(matches!(turned, pg::Turned::Over(_)), "{turned:?}");
     }
     for _ in 0..3 {

@@ -3,6 +3,7 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use bus_core::{
+    audit::By,
     clock::{ManualClock, SystemClock},
     cloudevent::CloudEvent,
     fanout::FanOutStore,
@@ -121,7 +122,10 @@ impl World {
     /// None if there is no tick between its start and its end.
     pub(crate) async fn try_schedule(&self, cron: &str, timezone: &str, rules: Rules) -> Option<ScheduleId> {
         let new = self.new_schedule(ScheduleId(SystemIds.next()), cron, timezone, rules);
-        match pg::put_schedule(&self.pool, &new, IfThere::Keep, 1_000).await.unwrap() {
+        match pg::put_schedule(&self.pool, &new, IfThere::Keep, 1_000, &By::system(SystemIds.next()))
+            .await
+            .unwrap()
+        {
             PutSchedule::Created(schedule) => Some(schedule.id),
             PutSchedule::NoTick => None,
             other => panic!("{other:?}"),
@@ -132,7 +136,9 @@ impl World {
     pub(crate) async fn change(&self, id: ScheduleId, rules: Rules) {
         let there = pg::schedule(&self.pool, self.whose(), id).await.unwrap().unwrap();
         let new = self.new_schedule(id, &there.cron, &there.timezone, rules);
-        let put = pg::put_schedule(&self.pool, &new, IfThere::Change, 1_000).await.unwrap();
+        let put = pg::put_schedule(&self.pool, &new, IfThere::Change, 1_000, &By::system(SystemIds.next()))
+            .await
+            .unwrap();
         assert!(matches!(&put, PutSchedule::There(changed) if changed.id == id), "{put:?}");
     }
 
@@ -152,7 +158,7 @@ impl World {
     }
 
     pub(crate) async fn turn(&self, id: ScheduleId, turn: Turn) {
-        pg::turn_schedule(&self.pool, self.whose(), id, turn).await.unwrap();
+        pg::turn_schedule(&self.pool, self.whose(), id, turn, &By::system(SystemIds.next())).await.unwrap();
     }
 
     pub(crate) fn whose(&self) -> Publisher {

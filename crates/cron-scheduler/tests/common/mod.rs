@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, reason = "each test binary uses its part")]
 
 use bus_core::{
+    audit::By,
     delivery::{DeliveryKey, Progress},
     ids::{
         ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, ReplayId, SubscriptionId, SystemIds,
@@ -124,7 +125,7 @@ impl Scene {
     pub(crate) async fn start_for(&self, whose: Whose, selection: Selection, per_second: u32) -> ReplayId {
         let id = ReplayId(SystemIds.next());
         let new = NewReplay { id, whose, selection, per_second, request: None };
-        match pg::create_replay(&self.owner, &new).await.unwrap() {
+        match pg::create_replay(&self.owner, &new, &By::system(SystemIds.next())).await.unwrap() {
             CreateReplay::Stored(_) => id,
             other => panic!("{other:?}"),
         }

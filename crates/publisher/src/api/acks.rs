@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api,
-    auth::{Authorized, Manage, Principal},
+    auth::{Authorized, Manage, Principal, Recorded},
     extract::{Id, OptionalJson, Query},
     history::{SourceQuery, find},
     openapi::AckProblems,
@@ -57,7 +57,7 @@ pub(super) struct AckResult {
 )]
 pub(super) async fn ack(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<String>,
     Query(query): Query<SourceQuery>,
     OptionalJson(body): OptionalJson<AckBody>,
@@ -65,7 +65,8 @@ pub(super) async fn ack(
     let organization = principal.organization;
     let event = find(&api, organization, &id, query.source.as_deref()).await?;
     let connection = acting_for(&api, &principal, body.connection_id).await?;
-    let acked = pg::close_deliveries(&api.pool, organization, event, Some(connection), Closed::Acked)
+    // What is acknowledged is in history, and leaves no audit record.
+    let acked = pg::close_deliveries(&api.pool, organization, event, Some(connection), Closed::Acked, &by)
         .await?
         .ok_or_else(Problem::not_found)?;
     if acked.is_empty() {

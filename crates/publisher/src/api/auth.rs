@@ -6,10 +6,11 @@ use std::{fmt, marker::PhantomData, time::Duration};
 use axum::extract::FromRequestParts;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bus_core::{
-    ids::{ConnectionId, KeyId, OrganizationId},
+    audit::{Actor, By},
+    ids::{AuditId, ConnectionId, KeyId, OrganizationId},
     pg::{self, Credential, Publisher, Scope, Scopes, Whose},
 };
-use http::{HeaderMap, header::AUTHORIZATION, request::Parts};
+use http::{Extensions, HeaderMap, header::AUTHORIZATION, request::Parts};
 use moka::future::Cache;
 use rand::RngCore as _;
 use sha2::{Digest as _, Sha256};
@@ -17,6 +18,7 @@ use subtle::ConstantTimeEq as _;
 
 use super::{
     Api,
+    finish::RequestId,
     problem::{Problem, ProblemType},
 };
 
@@ -57,6 +59,11 @@ impl Principal {
     /// see all. An `admin` key could make itself an unbound one, so a bound one is not restricted.
     pub fn restricted_to(&self) -> Option<ConnectionId> {
         self.connection.filter(|_| !self.scopes.contains(Scope::Admin))
+    }
+
+    /// Who this is in audit records.
+    pub(super) fn actor(&self) -> Actor {
+        Actor::Key { key_id: self.key, connection_id: self.connection }
     }
 
     /// Whose deliveries this principal may see and change.
@@ -199,6 +206,8 @@ requirements! {
     History = Read;
     /// What is published later, to change it.
     PublishLater = Publish;
+    /// Audit records.
+    Audit = Admin;
 }
 
 /// A principal who may do what `R` asks for; looked up in the database, so that a revoked key ends at
@@ -258,7 +267,7 @@ pub(super) enum AdminAccess {
     /// The bearer of the admin token: all organizations.
     Everything,
     /// A key with the scope `admin`: its own organization.
-    Own(OrganizationId),
+    Own(Principal),
 }
 
 impl AdminAccess {
@@ -273,7 +282,7 @@ impl AdminAccess {
     /// Refuses whoever may not know of that organization.
     pub(super) fn organization(self, id: OrganizationId) -> Result<(), Problem> {
         match self {
-            Self::Own(own) if own != id => Err(Problem::not_found()),
+            Self::Own(principal) if principal.organization != id => Err(Problem::not_found()),
             _ => Ok(()),
         }
     }
@@ -289,7 +298,51 @@ impl FromRequestParts<Api> for AdminAccess {
         }
         let principal = look_up(api, hash).await?;
         require(principal, &[Scope::Admin])?;
-        Ok(Self::Own(principal.organization))
+        Ok(Self::Own(principal))
+    }
+}
+
+/// What a request brings that is about to do something that leaves an audit record.
+pub(super) fn by(api: &Api, actor: Actor, extensions: &Extensions) -> By {
+    let request = extensions.get::<RequestId>().map(|RequestId(id)| id.clone());
+    By { record: AuditId(api.ids.next()), actor, request }
+}
+
+/// A credential that says who acts.
+pub(super) trait Acts {
+    /// Who this is in audit records.
+    fn actor(&self) -> Actor;
+}
+
+impl<R> Acts for Authorized<R> {
+    fn actor(&self) -> Actor {
+        self.0.actor()
+    }
+}
+
+impl Acts for AdminAccess {
+    fn actor(&self) -> Actor {
+        match self {
+            Self::Everything => Actor::Admin,
+            Self::Own(principal) => principal.actor(),
+        }
+    }
+}
+
+/// The credential of a request that leaves an audit record, and what the record says of who makes it.
+#[derive(Debug)]
+pub(super) struct Recorded<A>(pub(super) A, pub(super) By);
+
+impl<A> FromRequestParts<Api> for Recorded<A>
+where
+    A: Acts + FromRequestParts<Api, Rejection = Problem>,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, Problem> {
+        let access = A::from_request_parts(parts, api).await?;
+        let by = by(api, access.actor(), &parts.extensions);
+        Ok(Self(access, by))
     }
 }
 

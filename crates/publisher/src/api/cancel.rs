@@ -8,6 +8,7 @@
 
 use axum::{Json as Answer, extract::State};
 use bus_core::{
+    audit::By,
     ids::{DeliveryId, EventUid, ScheduleId},
     notify::{Hint, SETTLED},
     pg::{self, Closed},
@@ -19,7 +20,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api,
-    auth::{Authorized, Principal, TakeBack},
+    auth::{Authorized, Principal, Recorded, TakeBack},
     extract::{Id, Query},
     history::{SourceQuery, find},
     openapi::CancelProblems,
@@ -63,17 +64,17 @@ pub(super) struct CancelResult {
 )]
 pub(super) async fn cancel(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<TakeBack>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<TakeBack>>,
     Id(id): Id<String>,
     Query(query): Query<SourceQuery>,
 ) -> Result<Answer<CancelResult>, Problem> {
     let source = query.source.as_deref();
-    let (event, schedule) = match cancel_unpublished(&api, &principal, &id, source).await? {
+    let (event, schedule) = match cancel_unpublished(&api, &principal, &id, source, &by).await? {
         Some(Unpublished::Schedule(schedule)) => (None, Some(schedule)),
         Some(Unpublished::Event(event)) => (Some(event), None),
         None => {
             let event = find(&api, principal.organization, &id, source).await?;
-            let cancelled = cancel_deliveries(&api, &principal, event).await?;
+            let cancelled = cancel_deliveries(&api, &principal, event, &by).await?;
             make_known(&api, &cancelled).await?;
             return Ok(Answer(CancelResult { event: Some(event), schedule: None, cancelled }));
         }
@@ -86,6 +87,7 @@ async fn cancel_deliveries(
     api: &Api,
     principal: &Principal,
     event: EventUid,
+    by: &By,
 ) -> Result<Vec<DeliveryId>, Problem> {
     let organization = principal.organization;
     if let Some(own) = principal.restricted_to() {
@@ -94,7 +96,7 @@ async fn cancel_deliveries(
             return Err(Problem::not_found());
         }
     }
-    let cancelled = pg::close_deliveries(&api.pool, organization, event, None, Closed::Cancelled).await?;
+    let cancelled = pg::close_deliveries(&api.pool, organization, event, None, Closed::Cancelled, by).await?;
     cancelled.ok_or_else(Problem::not_found)
 }
 

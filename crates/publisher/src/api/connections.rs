@@ -13,7 +13,9 @@ use bus_core::{
     notify::Hint,
     pg::{self, ChangeConnection, CreateConnection, NewConnection},
     signature::SigningSecret,
-    webhook_rules::{self, FinalStatusesRefused, HeadersRefused, MAX_TIMEOUT, MIN_TIMEOUT},
+    webhook_rules::{
+        self, FinalStatusesRefused, HeadersRefused, MAX_TIMEOUT, MIN_TIMEOUT, REDACTED, is_sensitive,
+    },
 };
 use http::StatusCode;
 use secrecy::{ExposeSecret as _, SecretString};
@@ -24,11 +26,11 @@ use utoipa::ToSchema;
 pub(super) use self::view::ConnectionView;
 use self::{
     patch::ConnectionPatch,
-    view::{ContentModeName, Kind, REDACTED, is_sensitive},
+    view::{ContentModeName, Kind},
 };
 use super::{
     Api,
-    auth::{Authorized, Look, Manage},
+    auth::{Authorized, Look, Manage, Recorded},
     created,
     extract::{Id, Json, MergePatch, Query, push_token},
     openapi::{ListProblems, NamedProblems, OneProblems, RenameProblems},
@@ -201,7 +203,7 @@ fn name_taken() -> Problem {
 )]
 pub(super) async fn create(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Json(new): Json<NewConnectionBody>,
 ) -> Result<Response, Problem> {
     if principal.restricted_to().is_some() {
@@ -219,7 +221,7 @@ pub(super) async fn create(
     };
     let id = ConnectionId(api.ids.next());
     let new = NewConnection { id, organization: principal.organization, name, enabled, target };
-    match pg::create_connection(&api.pool, new).await? {
+    match pg::create_connection(&api.pool, new, &by).await? {
         CreateConnection::Created(connection) => {
             let view = ConnectionView::from(*connection).with_secret(secret);
             Ok(created(&format!("/v1/connections/{id}"), Answer(view)))
@@ -288,7 +290,7 @@ pub(super) async fn get(
 )]
 pub(super) async fn change(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<ConnectionId>,
     MergePatch(patch): MergePatch<ConnectionPatch>,
 ) -> Result<Answer<ConnectionView>, Problem> {
@@ -298,7 +300,7 @@ pub(super) async fn change(
     let now = api.clock.now();
     let mut new_secret = None;
     let apply = |connection: Connection| patch.apply(connection, &api.addresses, now, &mut new_secret);
-    match pg::change_connection(&api.pool, principal.organization, id, apply).await? {
+    match pg::change_connection(&api.pool, principal.organization, id, apply, &by).await? {
         ChangeConnection::Stored(connection) => {
             api.hints.notify(Hint::ConnectionChanged(id)).await;
             Ok(Answer(ConnectionView::from(*connection).with_secret(new_secret)))
@@ -324,10 +326,10 @@ pub(super) async fn change(
 )]
 pub(super) async fn delete(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<ConnectionId>,
 ) -> Result<StatusCode, Problem> {
-    if !principal.sees(id) || !pg::delete_connection(&api.pool, principal.organization, id).await? {
+    if !principal.sees(id) || !pg::delete_connection(&api.pool, principal.organization, id, &by).await? {
         return Err(Problem::not_found());
     }
     api.hints.notify(Hint::ConnectionChanged(id)).await;

@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, str::FromStr};
 use axum::{Json as Answer, extract::State, response::Response};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use bus_core::{
+    audit::By,
     ids::{ConnectionId, DeliveryId, EventUid, SubscriptionId},
     notify::Hint,
     pattern::TypePattern,
@@ -21,7 +22,7 @@ use uuid::Uuid;
 
 use super::{
     Api,
-    auth::{Authorized, Look, Manage, Principal},
+    auth::{Authorized, Look, Manage, Principal, Recorded},
     extract::{Id, Query},
     openapi::{JobProblems, ListProblems, OneProblems},
     page::{Limit, Page},
@@ -264,10 +265,10 @@ pub(super) async fn get(
 )]
 pub(super) async fn discard(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<DeliveryId>,
 ) -> Result<StatusCode, Problem> {
-    settle(&api, &principal, id, DeadLetterAction::Discard).await?;
+    settle(&api, &principal, id, DeadLetterAction::Discard, &by).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -286,10 +287,10 @@ pub(super) async fn discard(
 )]
 pub(super) async fn replay(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<DeliveryId>,
 ) -> Result<StatusCode, Problem> {
-    settle(&api, &principal, id, DeadLetterAction::Replay).await?;
+    settle(&api, &principal, id, DeadLetterAction::Replay, &by).await?;
     Ok(StatusCode::ACCEPTED)
 }
 
@@ -298,15 +299,13 @@ async fn settle(
     principal: &Principal,
     id: DeliveryId,
     action: DeadLetterAction,
+    by: &By,
 ) -> Result<(), Problem> {
-    let mut connection = pg::acquire(&api.pool).await?;
-    match pg::settle_dead_letters(&mut connection, principal.whose(), &[id.0], action).await? {
-        0 => Err(Problem::not_found()),
-        _ => {
-            api.hints.notify(Hint::Due).await;
-            Ok(())
-        }
+    if !pg::settle_dead_letter(&api.pool, principal.whose(), id, action, by).await? {
+        return Err(Problem::not_found());
     }
+    api.hints.notify(Hint::Due).await;
+    Ok(())
 }
 
 /// Which dead letters: either `ids` or `filter`
@@ -389,10 +388,10 @@ impl FilterBody {
 )]
 pub(super) async fn replay_many(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     body: Keyed<SelectionBody>,
 ) -> Result<Response, Problem> {
-    settle_many(&api, &principal, body, DeadLetterAction::Replay).await
+    settle_many(&api, &principal, body, DeadLetterAction::Replay, &by).await
 }
 
 /// Discard many dead letters
@@ -410,10 +409,10 @@ pub(super) async fn replay_many(
 )]
 pub(super) async fn discard_many(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     body: Keyed<SelectionBody>,
 ) -> Result<Response, Problem> {
-    settle_many(&api, &principal, body, DeadLetterAction::Discard).await
+    settle_many(&api, &principal, body, DeadLetterAction::Discard, &by).await
 }
 
 async fn settle_many(
@@ -421,11 +420,12 @@ async fn settle_many(
     principal: &Principal,
     body: Keyed<SelectionBody>,
     action: DeadLetterAction,
+    by: &By,
 ) -> Result<Response, Problem> {
     let Keyed { value: body, request } = body;
     let per_second = body.per_second;
     let selection = Selection::DeadLetters { action, which: body.read()? };
-    start(api, Wanted { whose: principal.whose(), selection, per_second, request }).await
+    start(api, Wanted { whose: principal.whose(), selection, per_second, request }, by).await
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use utoipa::{IntoParams, ToSchema};
 use self::idempotency::{read_idempotency, unwanted_key};
 use super::{
     Api,
-    auth::{Principal, PublishAccess},
+    auth::{Principal, PublishAccess, by},
     extract::read_body,
     openapi::PublishProblems,
     problem::{FieldError, Problem, ProblemType},
@@ -242,7 +242,8 @@ pub(super) async fn publish(
                 return Err(unwanted_key());
             }
             let principal = access.confirmed(&api).await?;
-            return store_schedule(&api, &principal, draft, IfThere::Keep).await;
+            let by = by(&api, principal.actor(), &parts.extensions);
+            return store_schedule(&api, &principal, draft, IfThere::Keep, &by).await;
         }
         Submission::Single(draft) => (vec![draft], false),
         Submission::Batch(drafts) => (drafts, true),

@@ -38,8 +38,12 @@ pub(super) fn describe_metrics() {
     );
 }
 
+/// The id of a request, among its extensions.
+#[derive(Debug, Clone)]
+pub(super) struct RequestId(pub(super) String);
+
 /// Runs around everything else, the fallbacks included.
-pub(super) async fn finish(State(api): State<Api>, request: Request, next: Next) -> Response {
+pub(super) async fn finish(State(api): State<Api>, mut request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let id = request_id(request.headers()).unwrap_or_else(|| {
         HeaderValue::try_from(api.ids.next().to_string()).expect("a UUID is visible ASCII")
@@ -49,6 +53,7 @@ pub(super) async fn finish(State(api): State<Api>, request: Request, next: Next)
     let method = method_label(request.method());
     let text = id.to_str().expect("request_id lets only visible ASCII pass").to_owned();
     let span = tracing::info_span!("request", request.id = %text, http.method = method, http.route = %route);
+    request.extensions_mut().insert(RequestId(text.clone()));
     let (request, leftover) = drain::lend(request);
     let mut response = next.run(request).instrument(span.clone()).await;
 

@@ -2,6 +2,7 @@
 
 use axum::{Json as Answer, extract::State};
 use bus_core::{
+    audit::TargetKind,
     ids::{ConnectionId, EventUid, OrganizationId, SubscriptionId},
     pattern::TypePattern,
     pg::{self, EventQuery, ScheduledEvent, StoredEvent, Tally},
@@ -12,8 +13,8 @@ use serde_json::value::RawValue;
 use utoipa::{IntoParams, ToSchema};
 
 use super::{
-    Api,
-    auth::{Authorized, History},
+    Api, audit,
+    auth::{Authorized, History, Recorded},
     events::CloudEventBody,
     extract::{Id, Query},
     openapi::{EventProblems, ListProblems},
@@ -221,20 +222,27 @@ pub(super) async fn find(
 )]
 pub(super) async fn get(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<History>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<History>>,
     Id(id): Id<String>,
     Query(query): Query<SourceQuery>,
 ) -> Result<Answer<EventView>, Problem> {
-    let uid = find(&api, principal.organization, &id, query.source.as_deref()).await?;
     let organization = principal.organization;
-    if let Some(published) = published(&api, organization, uid).await? {
-        return Ok(Answer(published));
+    let uid = find(&api, organization, &id, query.source.as_deref()).await?;
+    let view = read(&api, organization, uid).await?;
+    audit::one_read(&api, &by, organization, TargetKind::Event, uid).await?;
+    Ok(Answer(view))
+}
+
+/// The event, wherever it is.
+async fn read(api: &Api, organization: OrganizationId, uid: EventUid) -> Result<EventView, Problem> {
+    if let Some(published) = published(api, organization, uid).await? {
+        return Ok(published);
     }
     if let Some(waiting) = pg::scheduled_event(&api.pool, organization, uid).await? {
-        return EventView::try_from(waiting).map(Answer);
+        return EventView::try_from(waiting);
     }
     // It was due just now.
-    published(&api, organization, uid).await?.map(Answer).ok_or_else(Problem::not_found)
+    published(api, organization, uid).await?.ok_or_else(Problem::not_found)
 }
 
 async fn published(
@@ -310,17 +318,31 @@ pub(super) struct ListQuery {
 )]
 pub(super) async fn list(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<History>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<History>>,
     Query(query): Query<ListQuery>,
 ) -> Result<Answer<Page<EventView>>, Problem> {
-    if query.status == Some(Listed::Scheduled) {
-        return scheduled(&api, principal.organization, query).await.map(Answer);
-    }
+    let organization = principal.organization;
+    let page = match query.status {
+        Some(Listed::Scheduled) => scheduled(&api, organization, query).await?,
+        Some(Listed::Published) | None => published(&api, organization, query).await?,
+    };
+    let shown: Vec<EventUid> =
+        page.items.iter().filter(|item| item.event.is_some()).map(|item| item.uid).collect();
+    audit::list_read(&api, &by, organization, &shown).await?;
+    Ok(Answer(page))
+}
+
+/// The part of the list that is published.
+async fn published(
+    api: &Api,
+    organization: OrganizationId,
+    query: ListQuery,
+) -> Result<Page<EventView>, Problem> {
     let event_type = query.r#type.as_deref().map(TypePattern::parse).transpose();
     let event_type = event_type
         .map_err(|error| Problem::invalid(vec![FieldError::parameter("type", error.to_string())]))?;
     if query.source.as_deref().is_some_and(has_nul) {
-        return Ok(Answer(Page { items: Vec::new(), next_cursor: None }));
+        return Ok(Page { items: Vec::new(), next_cursor: None });
     }
     let query = EventQuery {
         event_type,
@@ -331,9 +353,9 @@ pub(super) async fn list(
         limit: query.limit.unwrap_or_default().0,
         bodies: query.include == Some(Include::Event),
     };
-    let page = pg::events(&api.pool, principal.organization, &query).await?;
+    let page = pg::events(&api.pool, organization, &query).await?;
     let items = page.items.into_iter().map(EventView::try_from).collect::<Result<_, _>>()?;
-    Ok(Answer(Page { items, next_cursor: page.next.map(|uid| cursor(uid.0)) }))
+    Ok(Page { items, next_cursor: page.next.map(|uid| cursor(uid.0)) })
 }
 
 /// The part of the list that is due later.

@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api,
-    auth::{AdminAccess, FreshKey},
+    auth::{AdminAccess, FreshKey, Recorded},
     created,
     extract::{Id, Json, Query},
     openapi::{ChildProblems, OneProblems, SublistProblems},
@@ -146,7 +146,7 @@ impl NewKeyBody {
 )]
 pub(super) async fn create(
     State(api): State<Api>,
-    access: AdminAccess,
+    Recorded(access, by): Recorded<AdminAccess>,
     Id(organization): Id<OrganizationId>,
     Json(new): Json<NewKeyBody>,
 ) -> Result<Response, Problem> {
@@ -162,7 +162,7 @@ pub(super) async fn create(
         connection: new.connection_id,
         expires_at: new.expires_at,
     };
-    match pg::create_key(&api.pool, new).await? {
+    match pg::create_key(&api.pool, new, &by).await? {
         CreateKey::Created(key) => {
             let path = format!("/v1/admin/organizations/{organization}/keys/{}", key.id);
             Ok(created(&path, Answer(KeyView { key: Some(fresh.text), ..key.into() })))
@@ -217,10 +217,10 @@ pub(super) async fn list(
 )]
 pub(super) async fn revoke(
     State(api): State<Api>,
-    access: AdminAccess,
+    Recorded(access, by): Recorded<AdminAccess>,
     Id((organization, key)): Id<(OrganizationId, KeyId)>,
 ) -> Result<StatusCode, Problem> {
     access.organization(organization)?;
-    let known = pg::revoke_key(&api.pool, organization, key).await?;
+    let known = pg::revoke_key(&api.pool, organization, key, &by).await?;
     if known { Ok(StatusCode::NO_CONTENT) } else { Err(Problem::not_found()) }
 }

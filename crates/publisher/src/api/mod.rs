@@ -1,6 +1,7 @@
 //! The HTTP API.
 
 mod acks;
+mod audit;
 pub mod auth;
 mod cancel;
 mod connections;
@@ -126,6 +127,8 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(organizations::get))
         .routes(routes!(keys::create, keys::list))
         .routes(routes!(keys::revoke))
+        .routes(routes!(audit::list))
+        .routes(routes!(audit::list_all))
         .routes(routes!(document))
 }
 

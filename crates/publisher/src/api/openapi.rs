@@ -30,6 +30,7 @@ use super::problem::{FieldError, PROBLEM_JSON, ProblemBody, ProblemType};
         (name = "connections", description = "Who publishes, and where events go"),
         (name = "subscriptions", description = "What a connection receives"),
         (name = "admin", description = "Organizations and their API keys"),
+        (name = "audit", description = "Who changed what"),
         (name = "meta", description = "This document"),
     ),
     components(schemas(ProblemBody<'static>, FieldError)),

@@ -11,7 +11,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{
     Api,
-    auth::AdminAccess,
+    auth::{AdminAccess, Recorded},
     created,
     extract::{Id, Json, Query},
     openapi::{ListProblems, NamedProblems, OneProblems},
@@ -88,12 +88,12 @@ pub(super) fn check_name(name: &str, pointer: &str) -> Result<(), FieldError> {
 )]
 pub(super) async fn create(
     State(api): State<Api>,
-    access: AdminAccess,
+    Recorded(access, by): Recorded<AdminAccess>,
     Json(new): Json<NewOrganization>,
 ) -> Result<Response, Problem> {
     access.everything()?;
     check_name(&new.name, "/name").map_err(|error| Problem::invalid(vec![error]))?;
-    match pg::create_organization(&api.pool, OrganizationId(api.ids.next()), &new.name).await? {
+    match pg::create_organization(&api.pool, OrganizationId(api.ids.next()), &new.name, &by).await? {
         CreateOrganization::Created(organization) => {
             let path = format!("/v1/admin/organizations/{}", organization.id);
             Ok(created(&path, Answer(OrganizationView::from(organization))))

@@ -233,6 +233,11 @@ impl Problem {
         Self { retry_after: Some(UNAVAILABLE_RETRY), ..Self::new(ProblemType::Unconfirmed, detail) }
     }
 
+    /// Something that is needed is away.
+    pub fn unavailable(detail: impl Into<String>) -> Self {
+        Self { retry_after: Some(UNAVAILABLE_RETRY), ..Self::new(ProblemType::Unavailable, detail) }
+    }
+
     /// The fault of the event bus.
     pub fn internal() -> Self {
         Self::new(
@@ -244,11 +249,7 @@ impl Problem {
     /// The database failed.
     pub fn store(cause: Arc<StoreError>) -> Self {
         let mut problem = if cause.is_unavailable() {
-            let away = Self::new(
-                ProblemType::Unavailable,
-                "the database did not answer; it is not known whether the request took effect",
-            );
-            Self { retry_after: Some(UNAVAILABLE_RETRY), ..away }
+            Self::unavailable("the database did not answer; it is not known whether the request took effect")
         } else {
             Self::internal()
         };

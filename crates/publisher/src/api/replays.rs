@@ -6,6 +6,7 @@ use axum::{
     response::Response,
 };
 use bus_core::{
+    audit::By,
     cloudevent::CloudEvent,
     ids::{ConnectionId, EventUid, ReplayId, SubscriptionId},
     matcher::{Mismatch, Subject},
@@ -22,7 +23,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{
     Api, accepted,
-    auth::{Authorized, Look, Manage, Principal},
+    auth::{Authorized, Look, Manage, Principal, Recorded},
     events::idempotency::read_key,
     extract::{Id, Query, decode, read_optional_json},
     history::{SourceQuery, find},
@@ -207,7 +208,7 @@ fn fingerprint(whose: Whose, request: [u8; 32]) -> [u8; 32] {
 }
 
 /// Stores the job, and answers with it.
-pub(super) async fn start(api: &Api, wanted: Wanted) -> Result<Response, Problem> {
+pub(super) async fn start(api: &Api, wanted: Wanted, by: &By) -> Result<Response, Problem> {
     let per_second = wanted.per_second.unwrap_or(api.replays_per_second);
     if !(1..=MAX_PER_SECOND).contains(&per_second) {
         let detail = format!("perSecond must be from 1 to {MAX_PER_SECOND}");
@@ -220,7 +221,7 @@ pub(super) async fn start(api: &Api, wanted: Wanted) -> Result<Response, Problem
         per_second,
         request: wanted.request.map(|(key, request)| (key, fingerprint(wanted.whose, request))),
     };
-    match pg::create_replay(&api.pool, &new).await? {
+    match pg::create_replay(&api.pool, &new, by).await? {
         CreateReplay::Stored(replay) => {
             api.hints.notify(Hint::Due).await;
             Ok(accepted(&format!("/v1/replays/{}", replay.id), Answer(ReplayView::from(*replay))))
@@ -264,7 +265,7 @@ pub(super) struct EventReplayBody {
 )]
 pub(super) async fn replay_event(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<String>,
     Query(query): Query<SourceQuery>,
     body: Keyed<EventReplayBody>,
@@ -281,7 +282,7 @@ pub(super) async fn replay_event(
         whose.only = Some(check_match(&api, &principal, event, subscription).await?);
     }
     let selection = Selection::Event { event, subscription };
-    start(&api, Wanted { whose, selection, per_second: None, request: body.request }).await
+    start(&api, Wanted { whose, selection, per_second: None, request: body.request }, &by).await
 }
 
 /// Refuses if the subscription does not match the event now; gives its connection.
@@ -346,7 +347,7 @@ pub(super) struct SubscriptionReplayBody {
 )]
 pub(super) async fn replay_subscription(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<SubscriptionId>,
     Keyed { value: body, request }: Keyed<SubscriptionReplayBody>,
 ) -> Result<Response, Problem> {
@@ -365,7 +366,7 @@ pub(super) async fn replay_subscription(
     }
     let whose = Whose { organization: principal.organization, only: Some(candidate.connection) };
     let selection = Selection::Subscription { subscription: id, since: body.since, until };
-    start(&api, Wanted { whose, selection, per_second: body.per_second, request }).await
+    start(&api, Wanted { whose, selection, per_second: body.per_second, request }, &by).await
 }
 
 /// Events are told apart by the millisecond of their arrival: those of the present one arrived before, too.
@@ -441,9 +442,9 @@ pub(super) async fn get(
 )]
 pub(super) async fn cancel(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<ReplayId>,
 ) -> Result<Answer<ReplayView>, Problem> {
-    let found = pg::cancel_replay(&api.pool, principal.whose(), id).await?;
+    let found = pg::cancel_replay(&api.pool, principal.whose(), id, &by).await?;
     found.map(|replay| Answer(replay.into())).ok_or_else(Problem::not_found)
 }

@@ -6,6 +6,7 @@ mod view;
 
 use axum::{Json as Answer, extract::State};
 use bus_core::{
+    audit::{By, TargetKind},
     ids::{EventUid, ScheduleId},
     notify::Hint,
     pg::{self, CancelScheduled, Occurrence, OccurrenceQuery, Schedule, Turn, Turned},
@@ -21,8 +22,8 @@ pub(super) use self::{
     view::{MissedName, OverlapName, ScheduleView},
 };
 use super::{
-    Api,
-    auth::{Authorized, History, Principal, PublishLater},
+    Api, audit,
+    auth::{Authorized, History, Principal, PublishLater, Recorded},
     extract::{Id, Query},
     history::{find, has_nul},
     openapi::{ListProblems, OneProblems, OngoingProblems, SublistProblems},
@@ -87,12 +88,14 @@ pub(super) async fn list(
 )]
 pub(super) async fn get(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<History>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<History>>,
     Id(id): Id<ScheduleId>,
 ) -> Result<Answer<ScheduleView>, Problem> {
     let schedule =
         pg::schedule(&api.pool, principal.publisher(), id).await?.ok_or_else(Problem::not_found)?;
-    ScheduleView::with_event(schedule).map(Answer)
+    let view = ScheduleView::with_event(schedule)?;
+    audit::one_read(&api, &by, principal.organization, TargetKind::Schedule, id).await?;
+    Ok(Answer(view))
 }
 
 /// What became of an occurrence: `fired`, published; `skipped`, then `reason` says why
@@ -220,10 +223,10 @@ pub(super) async fn occurrences(
 )]
 pub(super) async fn pause(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<PublishLater>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<PublishLater>>,
     Id(id): Id<ScheduleId>,
 ) -> Result<Answer<ScheduleView>, Problem> {
-    turn(&api, &principal, id, Turn::Pause).await
+    turn(&api, &principal, id, Turn::Pause, &by).await
 }
 
 /// Resume a schedule
@@ -240,10 +243,10 @@ pub(super) async fn pause(
 )]
 pub(super) async fn resume(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<PublishLater>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<PublishLater>>,
     Id(id): Id<ScheduleId>,
 ) -> Result<Answer<ScheduleView>, Problem> {
-    turn(&api, &principal, id, Turn::Resume).await
+    turn(&api, &principal, id, Turn::Resume, &by).await
 }
 
 /// Cancel a schedule
@@ -261,10 +264,10 @@ pub(super) async fn resume(
 )]
 pub(super) async fn cancel(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<PublishLater>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<PublishLater>>,
     Id(id): Id<ScheduleId>,
 ) -> Result<Answer<ScheduleView>, Problem> {
-    turn(&api, &principal, id, Turn::Cancel).await
+    turn(&api, &principal, id, Turn::Cancel, &by).await
 }
 
 async fn turn(
@@ -272,8 +275,9 @@ async fn turn(
     principal: &Principal,
     id: ScheduleId,
     turn: Turn,
+    by: &By,
 ) -> Result<Answer<ScheduleView>, Problem> {
-    match pg::turn_schedule(&api.pool, principal.publisher(), id, turn).await? {
+    match pg::turn_schedule(&api.pool, principal.publisher(), id, turn, by).await? {
         Turned::Done(schedule) => {
             tell(api, &schedule).await;
             ScheduleView::with_event(*schedule).map(Answer)
@@ -313,11 +317,12 @@ pub(super) async fn cancel_unpublished(
     principal: &Principal,
     id: &str,
     source: Option<&str>,
+    by: &By,
 ) -> Result<Option<Unpublished>, Problem> {
     if source.is_none()
         && let Ok(schedule) = id.parse()
         && let Turned::Done(_) =
-            pg::turn_schedule(&api.pool, principal.publisher(), schedule, Turn::Cancel).await?
+            pg::turn_schedule(&api.pool, principal.publisher(), schedule, Turn::Cancel, by).await?
     {
         return Ok(Some(Unpublished::Schedule(schedule)));
     }
@@ -327,7 +332,7 @@ pub(super) async fn cancel_unpublished(
     if principal.restricted_to().is_some_and(|own| waiting.event.publisher != Some(own)) {
         return Err(Problem::not_found());
     }
-    Ok(match pg::cancel_scheduled(&api.pool, organization, event).await? {
+    Ok(match pg::cancel_scheduled(&api.pool, organization, event, by).await? {
         CancelScheduled::Cancelled => Some(Unpublished::Event(event)),
         CancelScheduled::NotThere => None,
     })

@@ -26,7 +26,7 @@ use utoipa::{IntoParams, ToSchema};
 use self::rules::{BatchBody, BatchPatch, RetryPolicyBody, RetryPolicyPatch, mistakes};
 use super::{
     Api,
-    auth::{Authorized, Look, Manage},
+    auth::{Authorized, Look, Manage, Recorded},
     created,
     extract::{Id, Json, MergePatch, Query, present},
     openapi::{ListProblems, OneProblems, ResubscribeProblems, SubscribeProblems},
@@ -241,7 +241,7 @@ pub(super) fn refused(refused: SubscriptionRefused, connection: &str, publisher:
 )]
 pub(super) async fn create(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Json(new): Json<NewSubscription>,
 ) -> Result<Response, Problem> {
     let (connection, wanted) = new.split();
@@ -252,7 +252,7 @@ pub(super) async fn create(
     }
     let id = SubscriptionId(api.ids.next());
     let organization = principal.organization;
-    match pg::create_subscription(&api.pool, organization, id, connection, &wanted).await? {
+    match pg::create_subscription(&api.pool, organization, id, connection, &wanted, &by).await? {
         CreateSubscription::Created(subscription) => {
             if wanted.rules != SubscriptionRules::default() {
                 api.hints.notify(Hint::ConnectionChanged(connection)).await;
@@ -350,14 +350,14 @@ pub(super) async fn get(
 )]
 pub(super) async fn change(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<SubscriptionId>,
     MergePatch(patch): MergePatch<SubscriptionPatch>,
 ) -> Result<Answer<SubscriptionView>, Problem> {
     let (organization, only) = (principal.organization, principal.restricted_to());
     let says_rules = patch.retry_policy.is_some() || patch.batch.is_some();
     let apply = |wanted: Wanted| patch.apply(wanted);
-    match pg::change_subscription(&api.pool, organization, only, id, apply).await? {
+    match pg::change_subscription(&api.pool, organization, only, id, apply, &by).await? {
         ChangeSubscription::Stored(subscription) => {
             if says_rules {
                 api.hints.notify(Hint::ConnectionChanged(subscription.connection)).await;
@@ -426,10 +426,10 @@ impl SubscriptionPatch {
 )]
 pub(super) async fn delete(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(id): Id<SubscriptionId>,
 ) -> Result<StatusCode, Problem> {
     let (organization, only) = (principal.organization, principal.restricted_to());
-    let deleted = pg::delete_subscription(&api.pool, organization, only, id).await?;
+    let deleted = pg::delete_subscription(&api.pool, organization, only, id, &by).await?;
     if deleted { Ok(StatusCode::NO_CONTENT) } else { Err(Problem::not_found()) }
 }

@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api,
-    auth::{Authorized, Manage},
+    auth::{Authorized, Manage, Recorded},
     extract::{Id, Json},
     openapi::SyncProblems,
     problem::{FieldError, Problem},
@@ -66,7 +66,7 @@ pub(super) struct SyncResult {
 )]
 pub(super) async fn sync(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<Manage>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<Manage>>,
     Id(connection): Id<ConnectionId>,
     Json(set): Json<SubscriptionSet, MAX_SYNC_BYTES>,
 ) -> Result<Answer<SyncResult>, Problem> {
@@ -75,7 +75,7 @@ pub(super) async fn sync(
     }
     let wanted = read_set(set)?;
     let wanted: Vec<_> = wanted.into_iter().map(|wanted| (SubscriptionId(api.ids.next()), wanted)).collect();
-    match pg::sync_subscriptions(&api.pool, principal.organization, connection, &wanted).await? {
+    match pg::sync_subscriptions(&api.pool, principal.organization, connection, &wanted, &by).await? {
         SyncSubscriptions::Synced(synced) => {
             // Some of them may have brought rules, which the workers keep with the connection.
             if synced.created + synced.updated > 0 {

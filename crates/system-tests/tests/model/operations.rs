@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use bus_core::{
+    audit::By,
     delivery::DeliveryKey,
     ids::{DeliveryId, Ids as _, ReplayId, SystemIds},
     lifecycle::{State, Step},
@@ -240,10 +241,17 @@ impl Run {
         let of_connection: Vec<DeliveryId> =
             event.iter().filter(|key| key.connection == chosen.connection).map(|key| key.id).collect();
         let (pool, organization) = (&self.world.pool, self.world.organization);
-        let ids = pg::close_deliveries(pool, organization, chosen.event, Some(chosen.connection), closed)
-            .await
-            .unwrap()
-            .expect("the event is stored");
+        let ids = pg::close_deliveries(
+            pool,
+            organization,
+            chosen.event,
+            Some(chosen.connection),
+            closed,
+            &By::system(SystemIds.next()),
+        )
+        .await
+        .unwrap()
+        .expect("the event is stored");
         self.world.queue.withdraw(&ids).await.unwrap();
         let hint = match closed {
             Closed::Acked => Hint::Closed,
@@ -312,7 +320,7 @@ impl Run {
         let whose = Whose { organization: key.organization, only: None };
         let id = ReplayId(SystemIds.next());
         let new = NewReplay { id, whose, selection, per_second: 1_000, request: None };
-        pg::create_replay(&self.world.pool, &new).await.unwrap();
+        pg::create_replay(&self.world.pool, &new, &By::system(SystemIds.next())).await.unwrap();
         while replay_due(&self.world.pool).await.unwrap().is_zero() {}
         self.truth.of(key.id).is_replayed();
     }

@@ -2,12 +2,16 @@
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 
 use super::{Publisher, Schedule, ScheduleRow, ScheduleState, columns};
 use crate::{
+    audit::{Action, By, Change, TargetKind, shown},
     ids::{ConnectionId, OrganizationId, ScheduleId},
-    pg::{During as _, StoreError, organizations::lock_organization, publish::digest, transaction_time},
+    pg::{
+        During as _, StoreError, audit, organizations::lock_organization, publish::digest, transaction_time,
+    },
     schedule::{Recurrence, Rules, tz_version},
 };
 
@@ -72,6 +76,7 @@ pub async fn put_schedule(
     new: &NewSchedule,
     if_there: IfThere,
     most: u32,
+    by: &By,
 ) -> Result<PutSchedule, StoreError> {
     const OPERATION: &str = "store a schedule";
     let foreign = |there: &Schedule| new.publisher.is_some_and(|own| there.publisher != Some(own));
@@ -101,7 +106,14 @@ pub async fn put_schedule(
         Some(there) if foreign(&there) => PutSchedule::Foreign,
         Some(there) if if_there == IfThere::Keep => PutSchedule::There(Box::new(there)),
         Some(there) => match change(&mut transaction, new, &there, now).await? {
-            Some(changed) => PutSchedule::There(Box::new(changed)),
+            Some(changed) => {
+                if let Some((before, after)) = shown::changed_schedule(&there, &changed) {
+                    let change = Change::new(Action::ScheduleChanged, TargetKind::Schedule, there.id);
+                    let change = change.before(before).after(after);
+                    audit::record(&mut transaction, by, Some(new.organization), change).await?;
+                }
+                PutSchedule::There(Box::new(changed))
+            }
             None => PutSchedule::NoTick,
         },
         None => match new.rules.first_tick(&new.recurrence, now) {
@@ -110,7 +122,11 @@ pub async fn put_schedule(
                 PutSchedule::TooMany
             }
             Some(first) => {
-                PutSchedule::Created(Box::new(insert(&mut transaction, new, &identity, first).await?))
+                let created = insert(&mut transaction, new, &identity, first).await?;
+                let change = Change::new(Action::ScheduleCreated, TargetKind::Schedule, created.id);
+                let change = change.after(shown::schedule(&created));
+                audit::record(&mut transaction, by, Some(new.organization), change).await?;
+                PutSchedule::Created(Box::new(created))
             }
         },
     };
@@ -272,14 +288,25 @@ pub async fn turn_schedule(
     whose: Publisher,
     id: ScheduleId,
     turn: Turn,
+    by: &By,
 ) -> Result<Turned, StoreError> {
     const OPERATION: &str = "turn a schedule";
-    let (state, from): (_, &[&str]) = match turn {
-        Turn::Pause => (ScheduleState::Paused, &["active"]),
-        Turn::Resume => (ScheduleState::Active, &["paused"]),
-        Turn::Cancel => (ScheduleState::Cancelled, &["active", "paused"]),
+    let (action, state, from): (_, _, &[&str]) = match turn {
+        Turn::Pause => (Action::SchedulePaused, ScheduleState::Paused, &["active"]),
+        Turn::Resume => (Action::ScheduleResumed, ScheduleState::Active, &["paused"]),
+        Turn::Cancel => (Action::ScheduleCancelled, ScheduleState::Cancelled, &["active", "paused"]),
     };
     let mut transaction = pool.begin().await.during(OPERATION)?;
+    let before: Option<String> = sqlx::query_scalar(
+        "SELECT state FROM schedules
+         WHERE id = $3 AND organization_id = $1 AND ($2::uuid IS NULL OR publisher = $2) FOR UPDATE",
+    )
+    .bind(whose.organization.0)
+    .bind(whose.only.map(|id| id.0))
+    .bind(id.0)
+    .fetch_optional(&mut *transaction)
+    .await
+    .during(OPERATION)?;
     let turned = sqlx::query(
         "UPDATE schedules
          SET state = $4, updated_at = now(),
@@ -296,7 +323,8 @@ pub async fn turn_schedule(
     .execute(&mut *transaction)
     .await
     .during(OPERATION)?;
-    if turn == Turn::Cancel && turned.rows_affected() > 0 {
+    let turned = turned.rows_affected() > 0;
+    if turned && turn == Turn::Cancel {
         // A statement of its own: it sees what was triggered while the one before waited for the row.
         sqlx::query(
             "UPDATE scheduled_events SET cancelled_at = now() WHERE schedule_id = $1 AND cancelled_at IS NULL",
@@ -306,6 +334,11 @@ pub async fn turn_schedule(
         .await
         .during(OPERATION)?;
     }
+    if turned {
+        let change = Change::new(action, TargetKind::Schedule, id);
+        let change = change.before(json!({ "state": before })).after(json!({ "state": state.as_str() }));
+        audit::record(&mut transaction, by, Some(whose.organization), change).await?;
+    }
     transaction.commit().await.during(OPERATION)?;
     let Some(schedule) = super::schedule(pool, whose, id).await? else { return Ok(Turned::None) };
     let schedule = Box::new(schedule);
@@ -314,13 +347,13 @@ pub async fn turn_schedule(
 }
 
 /// Cancels what a connection publishes that is to be deleted, in the same transaction: nobody can speak for it any more.
-/// Ticks that are due by now are noted as cancelled.
+/// Ticks that are due by now are noted as cancelled. Says how many schedules they were.
 pub(in crate::pg) async fn cancel_schedules_of(
     transaction: &mut PgConnection,
     organization: OrganizationId,
     publisher: ConnectionId,
-) -> Result<(), StoreError> {
-    sqlx::query(
+) -> Result<u64, StoreError> {
+    let cancelled = sqlx::query(
         "UPDATE schedules
             SET state = 'cancelled', updated_at = now(),
                 next_tick = CASE WHEN next_tick <= now() THEN next_tick END,
@@ -332,5 +365,5 @@ pub(in crate::pg) async fn cancel_schedules_of(
     .execute(transaction)
     .await
     .during("cancel the schedules of a connection")?;
-    Ok(())
+    Ok(cancelled.rows_affected())
 }

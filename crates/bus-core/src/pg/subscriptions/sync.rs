@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use serde_json::json;
 use sqlx::{PgConnection, PgPool, types::Json};
 use uuid::Uuid;
 
@@ -9,9 +10,10 @@ use super::{
     Identity, SubscriptionRefused, SubscriptionRow, Wanted, check_connections, columns, exceeded, filter_hash,
 };
 use crate::{
+    audit::{Action, By, Change, TargetKind},
     ids::{ConnectionId, OrganizationId, SubscriptionId},
     pg::{
-        During as _, StoreError,
+        During as _, StoreError, audit,
         connections::bump_connection,
         organizations::{bump_organization, lock_organization},
     },
@@ -50,6 +52,7 @@ pub async fn sync_subscriptions(
     organization: OrganizationId,
     connection: ConnectionId,
     wanted: &[(SubscriptionId, Wanted)],
+    by: &By,
 ) -> Result<SyncSubscriptions, StoreError> {
     let mut transaction = pool.begin().await.during("begin to sync subscriptions")?;
     lock_organization(&mut transaction, organization).await?;
@@ -91,6 +94,14 @@ pub async fn sync_subscriptions(
             bump_connection(&mut transaction, connection).await?;
         }
         bump_organization(&mut transaction, organization).await?;
+        let change = Change::new(Action::SubscriptionsReplaced, TargetKind::Connection, connection);
+        let change = change.after(json!({
+            "created": synced.created,
+            "updated": synced.updated,
+            "deleted": synced.deleted,
+            "unchanged": synced.unchanged,
+        }));
+        audit::record(&mut transaction, by, Some(organization), change).await?;
     }
     synced.items = of_connection(&mut transaction, connection)
         .await?

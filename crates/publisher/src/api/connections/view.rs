@@ -5,23 +5,11 @@ use std::collections::BTreeMap;
 use bus_core::{
     connection::{Connection, ContentMode, Target},
     ids::ConnectionId,
+    webhook_rules::{REDACTED, is_sensitive},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-
-/// Stands for a header's value that is not shown.
-pub(super) const REDACTED: &str = "***";
-
-/// A header whose name contains one of these carries a credential, as far as can be told.
-const SENSITIVE: [&str; 8] =
-    ["auth", "cookie", "credential", "key", "password", "secret", "signature", "token"];
-
-/// Whether the value of that header is hidden.
-pub(super) fn is_sensitive(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    SENSITIVE.iter().any(|part| name.contains(part))
-}
 
 /// What a connection can do: `webhook` publishes and receives signed HTTP requests; `publisher` is an
 /// identity to publish under and receives nothing
@@ -141,21 +129,4 @@ impl ConnectionView {
 fn redact((name, value): (String, String)) -> (String, String) {
     let value = if is_sensitive(&name) { REDACTED.to_owned() } else { value };
     (name, value)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn headers_that_may_carry_credentials_are_hidden() {
-        for name in
-            ["authorization", "Proxy-Authorization", "cookie", "x-api-key", "X-Auth-Token", "x-hub-signature"]
-        {
-            assert!(is_sensitive(name), "{name}");
-        }
-        for name in ["user-agent", "x-environment", "accept"] {
-            assert!(!is_sensitive(name), "{name}");
-        }
-    }
 }

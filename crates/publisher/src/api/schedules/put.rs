@@ -8,6 +8,7 @@ use axum::{
     response::{IntoResponse as _, Response},
 };
 use bus_core::{
+    audit::By,
     cloudevent::{CloudEvent, Draft, ScheduleDraft, Submission},
     ids::{EventUid, ScheduleId},
     pg::{self, IfThere, NewSchedule, PutSchedule},
@@ -20,7 +21,7 @@ use uuid::Uuid;
 use super::{tell, view::ScheduleView};
 use crate::api::{
     Api,
-    auth::{Authorized, Principal, PublishLater},
+    auth::{Authorized, Principal, PublishLater, Recorded},
     created,
     events::{
         PlainEvent, default_source,
@@ -55,7 +56,7 @@ const TEMPLATE_ID: &str = "occurrence";
 )]
 pub(in crate::api) async fn put(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<PublishLater>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<PublishLater>>,
     request: Request,
 ) -> Result<Response, Problem> {
     let (parts, body) = request.into_parts();
@@ -64,7 +65,7 @@ pub(in crate::api) async fn put(
         return Err(unwanted_key());
     }
     match submission(&api, &parts.headers, &body.bytes, api.clock.now())? {
-        Submission::Single(draft) => store_schedule(&api, &principal, draft, IfThere::Change).await,
+        Submission::Single(draft) => store_schedule(&api, &principal, draft, IfThere::Change, &by).await,
         Submission::Batch(_) => Err(Problem::invalid_at("", "send one event with `cron`, not a batch")),
     }
 }
@@ -75,6 +76,7 @@ pub(in crate::api) async fn store_schedule(
     principal: &Principal,
     mut draft: Draft,
     if_there: IfThere,
+    by: &By,
 ) -> Result<Response, Problem> {
     let Some(schedule) = draft.schedule.take() else {
         let detail = "only an event that recurs can be put: give `cron`, or publish it once with POST";
@@ -98,7 +100,7 @@ pub(in crate::api) async fn store_schedule(
         template: template(api, principal, draft)?,
     };
     let most = api.schedules.max_per_organization;
-    match pg::put_schedule(&api.pool, &new, if_there, most).await? {
+    match pg::put_schedule(&api.pool, &new, if_there, most, by).await? {
         PutSchedule::Created(schedule) => {
             tell(api, &schedule).await;
             let path = format!("/v1/schedules/{}", schedule.id);

@@ -2,6 +2,7 @@
 
 use axum::{Json as Answer, extract::State, response::Response};
 use bus_core::{
+    audit::{Action, Change, TargetKind},
     cloudevent::CloudEvent,
     ids::{EventUid, ScheduleId},
     notify::Hint,
@@ -11,13 +12,14 @@ use bus_core::{
 };
 use jiff::Timestamp;
 use metrics::counter;
+use serde_json::json;
 use tracing::error;
 
 use super::over;
 use crate::{
     api::{
         Api, accepted,
-        auth::{Authorized, PublishLater},
+        auth::{Authorized, PublishLater, Recorded},
         events::AcceptedEvent,
         extract::Id,
         openapi::OngoingProblems,
@@ -42,7 +44,7 @@ use crate::{
 )]
 pub(in crate::api) async fn trigger(
     State(api): State<Api>,
-    Authorized(principal, _): Authorized<PublishLater>,
+    Recorded(Authorized(principal, _), by): Recorded<Authorized<PublishLater>>,
     Id(id): Id<ScheduleId>,
 ) -> Result<Response, Problem> {
     let mut transaction = pg::begin(&api.pool).await?;
@@ -64,6 +66,9 @@ pub(in crate::api) async fn trigger(
     };
     let scheduled = ScheduledEvent { event, due_at: now, schedule: Some(id), cancelled_at: None };
     pg::insert_scheduled(&mut transaction, &[scheduled]).await?;
+    let change = Change::new(Action::ScheduleTriggered, TargetKind::Schedule, id);
+    let change = change.after(json!({ "eventUid": identity.uid }));
+    pg::audit::record(&mut transaction, &by, Some(principal.organization), change).await?;
     pg::commit(transaction).await?;
     counter!("bus_events_scheduled").increment(1);
     api.hints.notify(Hint::Due).await;
