@@ -220,14 +220,7 @@ impl Confirmed {
     /// the batch was committed, and [`ColdStorage::manifest_at`] will say.
     pub async fn commit(self, cold: &ColdStorage) -> Result<Manifest, Error> {
         let manifest = self.0;
-        let path = manifest.path();
-        let json = serde_json::to_vec(&manifest)
-            .map_err(|cause| Error::Unreadable { path: path.clone(), reason: cause.to_string() })?;
-        cold.create(&path, json.into()).await?;
-        // Also if it was there: the store may have taken ours and lost its answer.
-        let Some(stored) = cold.manifest(&path).await? else {
-            return Err(Error::Refused { path, fault: crate::Fault::Missing });
-        };
+        let stored = cold.create_manifest(&manifest).await?;
         if stored != manifest {
             return Err(fenced(cold, &manifest, &stored).await?);
         }

@@ -1,7 +1,7 @@
 //! What is archived: datasets, their columns, and rows.
 
 use bytes::Bytes;
-use jiff::{Timestamp, civil::Date, tz::TimeZone};
+use jiff::{SignedDuration, Timestamp, civil::Date, tz::TimeZone};
 use serde::de::IgnoredAny;
 use uuid::Uuid;
 
@@ -326,6 +326,14 @@ pub(crate) fn micros(microseconds: i64) -> Result<Timestamp, String> {
 pub(crate) fn uuid_time(uuid: Uuid) -> Option<Timestamp> {
     let milliseconds = i64::try_from(uuid.as_u128() >> 80).ok()?;
     Timestamp::from_millisecond(milliseconds).ok()
+}
+
+/// How far the clock of one machine may be behind that of another.
+const CLOCKS_APART: SignedDuration = SignedDuration::from_hours(1);
+
+/// Nothing that belongs to an event is older than this.
+pub(crate) fn earliest_of_event(event: Uuid) -> Option<Timestamp> {
+    uuid_time(event)?.checked_sub(CLOCKS_APART).ok()
 }
 
 /// The day of a time in UTC.

@@ -11,10 +11,15 @@ mod batch;
 mod config;
 mod dataset;
 mod error;
+mod expire;
+mod expunge;
+mod listing;
 mod manifest;
 mod parquet_file;
 mod pending;
+mod query;
 mod store;
+mod verify;
 
 pub use batch::{Batch, Confirmed, MAX_BATCH_BYTES, MAX_BATCH_OBJECTS, Written};
 pub use config::Config;
@@ -23,6 +28,10 @@ pub use dataset::{
     Value,
 };
 pub use error::{Error, Fault};
+pub use expire::Expired;
+pub use expunge::Expunged;
 pub use manifest::{Manifest, Object, Slot, Source};
 pub use pending::Resumed;
+pub use query::{Query, Record};
 pub use store::{ColdStorage, MAX_MANIFEST_BYTES, MAX_OBJECT_BYTES};
+pub use verify::{Problem, Report};

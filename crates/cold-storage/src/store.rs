@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::{Stream, StreamExt as _, TryStreamExt as _};
+use futures::{Stream, TryStreamExt as _};
 use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutPayload, path::Path};
 
 use crate::{
@@ -67,6 +67,17 @@ impl ColdStorage {
     pub(crate) async fn manifest(&self, path: &str) -> Result<Option<Manifest>, Error> {
         let Some(bytes) = self.read(path, MAX_MANIFEST_BYTES).await? else { return Ok(None) };
         Manifest::parse(path, &bytes).map(Some)
+    }
+
+    /// Puts a manifest where none is, and reads what is there then: the same, or that of another writer. The store may
+    /// also have taken ours and lost its answer.
+    pub(crate) async fn create_manifest(&self, manifest: &Manifest) -> Result<Manifest, Error> {
+        let path = manifest.path();
+        let json = serde_json::to_vec(manifest)
+            .map_err(|cause| Error::Unreadable { path: path.clone(), reason: cause.to_string() })?;
+        self.create(&path, json.into()).await?;
+        let stored = self.manifest(&path).await?;
+        stored.ok_or(Error::Refused { path, fault: Fault::Missing })
     }
 
     /// The bytes of an object, if they are those that were written.
@@ -180,25 +191,11 @@ impl ColdStorage {
     }
 
     /// The names of the folders in a folder.
-    pub(crate) async fn folders(&self, folder: Option<&str>) -> Result<Vec<String>, Error> {
-        let path = folder.map(Path::from);
-        let listed = self.store.list_with_delimiter(path.as_ref()).await;
-        let listed = listed.map_err(|source| failed("list", folder.unwrap_or("/"), source))?;
+    pub(crate) async fn folders(&self, folder: &str) -> Result<Vec<String>, Error> {
+        let listed = self.store.list_with_delimiter(Some(&path_of(folder)?)).await;
+        let listed = listed.map_err(|source| failed("list", folder, source))?;
         let names = listed.common_prefixes.iter().filter_map(|path| path.filename().map(ToOwned::to_owned));
         Ok(names.collect())
-    }
-
-    /// The slots of one incarnation with their newest revisions, in order.
-    pub(crate) async fn slots(&self, folder: &str) -> Result<Vec<(Slot, u32)>, Error> {
-        let mut slots = std::collections::BTreeMap::new();
-        let mut found = std::pin::pin!(self.list(folder));
-        while let Some(meta) = found.next().await {
-            if let Some((slot, revision)) = parse_manifest_path(meta?.location.as_ref()) {
-                let newest = slots.entry(slot).or_insert(revision);
-                *newest = revision.max(*newest);
-            }
-        }
-        Ok(slots.into_iter().collect())
     }
 }
 
