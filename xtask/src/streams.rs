@@ -53,7 +53,7 @@ enum Action {
 impl Streams {
     pub(crate) async fn run(self) -> Result<ExitCode> {
         devkit::install_tls_provider();
-        let common = common(self.config, self.nats_url)?;
+        let common = common(self.config, self.nats_url, env::vars().collect())?;
         let nats = connect(&common).await?;
         let plan = planned(&nats).await?;
         match self.action {
@@ -78,17 +78,20 @@ impl Streams {
     }
 }
 
-/// Makes sure that the broker has the streams that the environment describes, beyond those that the processes create
-/// by themselves.
+/// Makes sure that the broker has all streams of the defaults, beyond those that the processes create by themselves.
 pub(crate) async fn ensure(nats_url: String) -> Result<()> {
-    let nats = connect(&common(None, Some(nats_url))?).await?;
+    // As the processes of `up`, it takes nothing from the shell's environment.
+    let nats = connect(&common(None, Some(nats_url), HashMap::new())?).await?;
     let plan = planned(&nats).await?;
     carry_out(&nats, &plan, Loss::Refused).await
 }
 
 /// The configuration as the binaries read it. No database is used, so that its URL may be missing.
-fn common(file: Option<PathBuf>, nats_url: Option<String>) -> Result<Common> {
-    let mut environment: HashMap<String, String> = env::vars().collect();
+fn common(
+    file: Option<PathBuf>,
+    nats_url: Option<String>,
+    mut environment: HashMap<String, String>,
+) -> Result<Common> {
     environment.extend(nats_url.map(|url| ("NATS_URL".to_owned(), url)));
     environment.entry("DATABASE_URL".to_owned()).or_insert_with(|| "postgres://not.used/".to_owned());
     environment.insert("EVENT_BUS_BACKEND".to_owned(), "jetstream".to_owned());
