@@ -7,9 +7,12 @@ mod dev;
 mod down;
 mod drain;
 mod migrate;
+mod streams;
 mod test;
 pub mod ui;
 mod up;
+
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Subcommand, ValueEnum};
@@ -44,6 +47,8 @@ pub enum Command {
     Down(down::Down),
     /// Apply or list the database migrations
     Migrate(migrate::Migrate),
+    /// Show or apply what the configuration describes and the broker does not have
+    Streams(streams::Streams),
     /// Change the backend: move everything that is pending from one queue into the other
     Drain(drain::Drain),
     /// Show the bus at work: two organizations, ten subscriptions, a few hundred events, and a crash
@@ -55,19 +60,21 @@ pub enum Command {
 }
 
 impl Command {
-    /// Does it.
+    /// Does it, and gives what the process is to end with.
     ///
     /// # Errors
     /// When it could not be done; a person reads the error.
-    pub async fn run(self) -> Result<()> {
+    pub async fn run(self) -> Result<ExitCode> {
         match self {
-            Self::Up(up) => up.run().await,
-            Self::Down(down) => down.run().await,
-            Self::Migrate(migrate) => migrate.run().await,
-            Self::Drain(drain) => drain.run().await,
-            Self::Demo(demo) => demo.run().await,
-            Self::Bench(bench) => bench.run().await,
-            Self::Test(test) => test.run().await,
+            Self::Up(up) => up.run().await?,
+            Self::Down(down) => down.run().await?,
+            Self::Migrate(migrate) => migrate.run().await?,
+            Self::Streams(streams) => return streams.run().await,
+            Self::Drain(drain) => drain.run().await?,
+            Self::Demo(demo) => demo.run().await?,
+            Self::Bench(bench) => bench.run().await?,
+            Self::Test(test) => test.run().await?,
         }
+        Ok(ExitCode::SUCCESS)
     }
 }

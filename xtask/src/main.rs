@@ -15,7 +15,7 @@ struct Arguments {
 #[tokio::main]
 async fn main() -> ExitCode {
     match Arguments::parse().command.run().await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             ui::failure(&error);
             ExitCode::FAILURE

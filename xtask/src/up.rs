@@ -18,6 +18,7 @@ use crate::{
     Backend,
     cargo::build_binaries,
     dev::{Dev, Organization, Ports, RoleState, Secrets, Settings, State, write_private},
+    streams,
     ui::{self, FAINT, GOOD, STRONG, Step, paint},
 };
 
@@ -114,6 +115,12 @@ impl Up {
             database::apply_roles(&connections.owner_url).await?;
         }
         step.done();
+
+        if let Some(nats_url) = &connections.nats_url {
+            let step = Step::begin("Creating the streams");
+            streams::ensure(nats_url.clone()).await?;
+            step.done();
+        }
 
         let step = Step::begin("Starting the binaries");
         let http_url = self.start_roles(dev, state, bin_dir, &connections, &secrets, &mut ports).await?;

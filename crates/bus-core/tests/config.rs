@@ -178,3 +178,70 @@ fn the_strategy_of_hints_follows_what_is_configured() {
         assert!(refused.contains("NATS_URL") && refused.contains("notify.strategy"), "{refused}");
     }
 }
+
+/// Each with the least that is said about one more stream.
+const JOBS: &str = "[streams.jobs]\nsubjects = ['jobs.>']\nmax_age_s = 3600\nmax_bytes = 1000000\n";
+
+#[test]
+fn streams_come_from_the_defaults_the_file_and_the_environment() {
+    let toml = format!("{JOBS}[streams.dead]\nmax_age_s = 86400");
+    let loaded = with(Some(&toml), &[("EVENT_BUS_STREAMS__DELIVER__MAX_BYTES", "1000")]);
+    let streams = &loaded.common.streams;
+    assert_eq!((streams["dead"].max_age_s, streams["dead"].max_bytes), (86_400, 1 << 30));
+    assert_eq!(streams["deliver"].max_bytes, 1_000);
+    assert_eq!(streams["jobs"].subjects, ["jobs.>"]);
+    assert_eq!(loaded.shown["streams.jobs.max_age_s"], "3600");
+}
+
+#[test]
+fn streams_that_the_broker_or_the_bus_cannot_use_are_refused_with_the_reason() {
+    for (toml, complaint) in [
+        ("[streams.jobs]\nmax_age_s = 1\nmax_bytes = 1", "subjects"),
+        ("[streams.jobs]\nsubjects = ['jobs']\nmax_bytes = 1", "max_age_s"),
+        ("[streams.jobs]\nsubjects = ['jobs']\nmax_age_s = 1", "max_bytes"),
+        ("[streams.api]\nmax_age = 1", "max_age"),
+        ("[streams.api]\nretention = 'queue'", "queue"),
+        ("[streams.api]\narchive = 'maybe'", "maybe"),
+        (
+            "[streams.Jobs]\nsubjects = ['jobs']\nmax_age_s = 1000\nmax_bytes = 1",
+            "streams.Jobs: a stream's name",
+        ),
+        (
+            "[streams.a__b]\nsubjects = ['jobs']\nmax_age_s = 1000\nmax_bytes = 1",
+            "streams.a__b: a stream's name",
+        ),
+        ("[streams.api]\nsubjects = ['events..api']", "is no subject"),
+        ("[streams.api]\nsubjects = ['events.>.api']", "is no subject"),
+        ("[streams.api]\nmax_bytes = 0", "max_bytes (0) must be positive"),
+        ("[streams.api]\nmax_messages = -2", "max_messages (-2) must be positive"),
+        ("[streams.api]\nreplicas = 6", "streams.api: replicas"),
+        ("[streams.api]\nmax_age_s = 60", "duplicate_window_s (120)"),
+        ("[streams.api]\nduplicate_window_s = 0", "duplicate_window_s (0)"),
+        ("[streams.api]\nsubjects = ['events.*.x']", "catches what streams."),
+        ("[streams.api]\nsubjects = ['a.*', 'a.b']", "catches what streams.api does"),
+        ("[streams.api]\nsubjects = ['wake.>']", "never kept"),
+        ("[streams.api]\narchive = 'archive'\nretention = 'interest'", "needs retention \"limits\""),
+        ("[streams.audit]\ndiscard = 'old'", "needs discard \"new\""),
+        ("[streams.deliver]\nsubjects = ['deliver.1.>']", "streams.deliver: subjects must cover"),
+        ("[streams.dead]\nsubjects = []", "streams.dead: subjects must cover"),
+        ("[streams.audit]\nsubjects = ['events.audit.receipt.>']", "streams.audit: subjects must cover"),
+        ("[streams.deliver]\nretention = 'limits'", "streams.deliver: retention"),
+        ("[streams.deliver]\ndiscard = 'old'", "streams.deliver: retention"),
+        ("[streams.deliver]\nmax_age_s = 3600", "streams.deliver: max_age_s"),
+        ("[streams.deliver]\nduplicate_window_s = 60", "streams.deliver: duplicate_window_s"),
+        ("[streams.dead]\narchive = 'archive'", "streams.dead: discard"),
+        ("[streams.dead]\nretention = 'interest'", "streams.dead: retention"),
+    ] {
+        let refused = refusal(Some(toml), &URLS);
+        assert!(refused.contains(complaint), "{toml}: {refused}");
+    }
+    for accepted in [
+        JOBS,
+        "[streams.audit]\narchive = 'drop'",
+        "[streams.deliver]\nsubjects = ['deliver.>', 'more.*']",
+        "[streams.api]\nsubjects = []",
+        "[streams.api]\nmax_bytes = -1\nstorage = 'memory'\nreplicas = 5",
+    ] {
+        with(Some(accepted), &[]);
+    }
+}

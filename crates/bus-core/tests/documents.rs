@@ -58,6 +58,30 @@ fn every_key_with_a_default_is_in_the_table_and_no_other() {
     assert_eq!(written, coded);
 }
 
+#[test]
+fn every_stream_is_in_the_table_with_its_subjects_and_no_other() {
+    let page = read("docs/configuration.md");
+    let table = page.split("| stream |").nth(1).unwrap();
+    let written: BTreeSet<(String, String)> = table
+        .lines()
+        .skip(2)
+        .take_while(|line| line.starts_with('|'))
+        .map(|row| {
+            let cell = |n| row.split('|').nth(n).unwrap().trim().trim_matches('`').to_owned();
+            (cell(1), cell(2))
+        })
+        .collect();
+    let defaults = workspace().join("crates/bus-core/streams.toml");
+    let values: Value = Figment::from(Toml::file(defaults)).extract().unwrap();
+    let subjects = |stream: &Value| {
+        let subjects = stream.find_ref("subjects").unwrap().as_array().unwrap();
+        subjects.iter().map(|subject| subject.as_str().unwrap()).collect::<Vec<_>>().join(", ")
+    };
+    let streams = values.find_ref("streams").unwrap().as_dict().unwrap();
+    let coded = streams.iter().map(|(name, stream)| (name.clone(), subjects(stream))).collect();
+    assert_eq!(written, coded);
+}
+
 /// Names in quotes, or after a backtick, that begin like a metric's.
 fn metrics(text: &str, before: char) -> impl Iterator<Item = String> {
     text.split(before)

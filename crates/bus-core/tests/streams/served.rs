@@ -8,6 +8,7 @@ use bus_core::{
     streams::{Change, Effect, Field, Loss, Plan, StreamsError, apply, existing, plan},
 };
 use devkit::servers::shared_servers;
+use metrics_exporter_prometheus::PrometheusBuilder;
 
 use super::configured;
 
@@ -218,5 +219,28 @@ async fn a_domain_that_is_added_to_the_configuration_catches_its_subjects() {
     let others = planned(&deployment.with(&[]).await).await;
     assert!(others.changes.is_empty());
     assert_eq!(others.not_described, [deployment.stream("BILLING")]);
+    deployment.end().await;
+}
+
+#[tokio::test]
+async fn a_process_says_which_streams_are_not_as_configured() {
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let metrics = recorder.handle();
+    // This test runs on one thread.
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let drift = |stream| {
+        let line = format!("bus_stream_drift{{stream=\"{stream}\"}} ");
+        let page = metrics.render();
+        page.lines().find_map(|found| found.strip_prefix(&line)).map(str::to_owned)
+    };
+    let deployment = Deployment::new().await;
+    deployment.with(&[]).await.prepare().await.unwrap();
+    assert_eq!((drift("deliver").as_deref(), drift("dead").as_deref()), (Some("0"), Some("0")));
+    let nats = deployment.with(&[("EVENT_BUS_STREAMS__DEAD__MAX_AGE_S", "3600")]).await;
+    nats.prepare().await.unwrap();
+    assert_eq!((drift("deliver").as_deref(), drift("dead").as_deref()), (Some("0"), Some("1")));
+    applied(&nats, Loss::Refused).await.unwrap();
+    nats.prepare().await.unwrap();
+    assert_eq!(drift("dead").as_deref(), Some("0"));
     deployment.end().await;
 }
