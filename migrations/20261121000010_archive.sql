@@ -35,6 +35,9 @@ CREATE TABLE archive_batches (
     PRIMARY KEY (source, first)
 );
 
+-- Dead letters expire, whoever's they are.
+CREATE INDEX delivery_states_dead_age ON delivery_states (changed_at) WHERE state = 'dead';
+
 -- Set when the payload was erased: the body is empty then, and everything else is as it was.
 ALTER TABLE events ADD COLUMN expunged_at timestamptz;
 

@@ -4,8 +4,7 @@ use bus_core::pg::StoreError;
 
 /// What went wrong. Nothing is lost by any of it: what is not archived stays where it is.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ArchiveError {
+pub(crate) enum ArchiveError {
     /// Cold storage.
     #[error(transparent)]
     Cold(#[from] cold_storage::Error),
@@ -34,7 +33,9 @@ pub enum ArchiveError {
     #[error("another archiver works on {0} now")]
     LeaseLost(String),
     /// Cold storage no longer has what it was read back from; nothing is trimmed before somebody has looked.
-    #[error("cold storage no longer has the batch of {source_name} that begins at {first}: run `cargo xtask archive verify`")]
+    #[error(
+        "cold storage no longer has the batch of {source_name} that begins at {first}: run `cargo xtask archive verify`"
+    )]
     Vanished {
         /// The stream.
         source_name: String,

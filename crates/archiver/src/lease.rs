@@ -1,7 +1,8 @@
 //! Work on a source under a lease: it is renewed beside the work, and the work ends when it is lost.
 
-use std::{future::Future, time::Duration};
+use std::time::Duration;
 
+use async_trait::async_trait;
 use bus_core::{
     launcher::Heartbeat,
     pg::{self, ArchiveLease},
@@ -20,6 +21,16 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause after an error.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
+/// Something that only the holder of a lease does.
+#[async_trait]
+pub(crate) trait LeasedWork: Send + Sync {
+    /// What the lease is about.
+    fn source(&self) -> &str;
+
+    /// Goes on until it fails.
+    async fn work(&self, lease: ArchiveLease) -> Result<(), ArchiveError>;
+}
+
 /// How leases are taken and held.
 #[derive(Debug, Clone)]
 pub(crate) struct Leases {
@@ -37,20 +48,17 @@ impl Leases {
         format!("{}-{}", lease.epoch, self.holder)
     }
 
-    /// Works on a source whenever its lease can be had, until `stop`. `work` goes on until it fails; the pause after
-    /// that grows while it fails again and again.
-    pub(crate) async fn keep_working<F>(
+    /// Works whenever the lease can be had, until `stop`. The pause after an error grows while it fails again and again.
+    pub(crate) async fn keep_working(
         &self,
-        source: &str,
+        work: &dyn LeasedWork,
         beat: &Heartbeat,
         stop: &CancellationToken,
-        mut work: impl FnMut(ArchiveLease) -> F,
-    ) where
-        F: Future<Output = Result<(), ArchiveError>>,
-    {
+    ) {
+        let source = work.source();
         let mut pause = FIRST_PAUSE;
         while !stop.is_cancelled() {
-            let wait = match self.work_once(source, beat, stop, &mut work).await {
+            let wait = match self.work_once(work, beat, stop).await {
                 Ok(true) => {
                     pause = FIRST_PAUSE;
                     Duration::ZERO
@@ -74,22 +82,20 @@ impl Leases {
     }
 
     /// Whether there was anything to hold.
-    async fn work_once<F>(
+    async fn work_once(
         &self,
-        source: &str,
+        work: &dyn LeasedWork,
         beat: &Heartbeat,
         stop: &CancellationToken,
-        work: &mut impl FnMut(ArchiveLease) -> F,
-    ) -> Result<bool, ArchiveError>
-    where
-        F: Future<Output = Result<(), ArchiveError>>,
-    {
-        let Some(lease) = pg::take_archive_lease(&self.pool, source, &self.holder, self.seconds).await? else {
+    ) -> Result<bool, ArchiveError> {
+        let source = work.source();
+        let Some(lease) = pg::take_archive_lease(&self.pool, source, &self.holder, self.seconds).await?
+        else {
             return Ok(false);
         };
         info!(source, epoch = lease.epoch, "Holds the lease of an archive source");
         let result = tokio::select! {
-            result = work(lease.clone()) => result,
+            result = work.work(lease.clone()) => result,
             lost = self.renew(&lease, beat) => Err(lost),
             () = stop.cancelled() => Ok(()),
         };

@@ -1,4 +1,4 @@
-//! Keeps the database in shape: partitions ahead, finished rows swept.
+//! Keeps the database in shape: partitions ahead of their day, and rows swept that are over.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::MaintenanceConfig;
+use crate::ArchiverConfig;
 
 /// Between two rounds.
 pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
@@ -20,34 +20,42 @@ pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
 /// Rows swept in one statement.
 const SWEEP: u32 = 5_000;
 
-pub(crate) async fn run(
-    pool: PgPool,
-    config: MaintenanceConfig,
-    clock: Arc<dyn Clock>,
-    beat: Heartbeat,
-    stop: CancellationToken,
-) -> Result<(), BoxError> {
-    while !stop.is_cancelled() {
-        beat.beat();
-        match round(&pool, &config, clock.as_ref()).await {
-            // As much as one statement takes: there is more.
-            Ok(swept) if swept >= u64::from(SWEEP) => continue,
-            Ok(_) => {}
-            Err(failed) => warn!(error = %Chain(&failed), "Maintenance put off"),
-        }
-        stop.run_until_cancelled(tokio::time::sleep(INTERVAL)).await;
-    }
-    Ok(())
+/// Keeps the database in shape.
+pub(crate) struct Maintenance {
+    pub(crate) pool: PgPool,
+    pub(crate) config: ArchiverConfig,
+    pub(crate) clock: Arc<dyn Clock>,
 }
 
-async fn round(pool: &PgPool, config: &MaintenanceConfig, clock: &dyn Clock) -> Result<u64, StoreError> {
-    let created = pg::create_partitions(pool, clock.now(), config.partitions_ahead_days).await?;
-    if created > 0 {
-        info!(partitions = created, "Created partitions ahead");
+impl Maintenance {
+    pub(crate) async fn run(self, beat: Heartbeat, stop: CancellationToken) -> Result<(), BoxError> {
+        while !stop.is_cancelled() {
+            beat.beat();
+            match self.round().await {
+                // As much as one statement takes: there is more.
+                Ok(swept) if swept >= u64::from(SWEEP) => continue,
+                Ok(_) => {}
+                Err(failed) => warn!(error = %Chain(&failed), "Maintenance put off"),
+            }
+            stop.run_until_cancelled(tokio::time::sleep(INTERVAL)).await;
+        }
+        Ok(())
     }
-    let finished = pg::sweep_outbox(pool, Duration::from_secs(config.outbox_keep_s), SWEEP).await?;
-    let over = pg::sweep_states(pool, Duration::from_secs(config.delivery_states_keep_s), SWEEP).await?;
-    // What was cancelled is kept as long as what is over of deliveries: somebody may still ask what became of it.
-    let gone = pg::sweep_scheduled(pool, config.delivery_states_keep_s, SWEEP).await?;
-    Ok(finished + over + gone)
+
+    async fn round(&self) -> Result<u64, StoreError> {
+        let (pool, config) = (&self.pool, &self.config.maintenance);
+        let created = pg::create_partitions(pool, self.clock.now(), config.partitions_ahead_days).await?;
+        if created > 0 {
+            info!(partitions = created, "Created partitions ahead");
+        }
+        let finished = pg::sweep_outbox(pool, Duration::from_secs(config.outbox_keep_s), SWEEP).await?;
+        let over = pg::sweep_states(pool, Duration::from_secs(config.delivery_states_keep_s), SWEEP).await?;
+        // What was cancelled is kept as long as what is over of deliveries: somebody may still ask what became of it.
+        let gone = pg::sweep_scheduled(pool, config.delivery_states_keep_s, SWEEP).await?;
+        let dead = match self.config.retention.dead_letters.keep_days {
+            0 => 0,
+            days => pg::sweep_dead_letters(pool, days, SWEEP).await?,
+        };
+        Ok(finished + over + gone + dead)
+    }
 }

@@ -6,6 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use async_trait::async_trait;
 use bus_core::{
     clock::Clock,
     fault,
@@ -14,8 +15,8 @@ use bus_core::{
     streams::Archive,
 };
 use cold_storage::{
-    AUDIT, Batch, ColdStorage, Dataset, EVENTS, Error as ColdError, Kind, Manifest, OCCURRENCES, RECEIPTS, Row,
-    Slot, Source, Value,
+    AUDIT, Batch, ColdStorage, Dataset, EVENTS, Error as ColdError, Kind, Manifest, OCCURRENCES, RECEIPTS,
+    Row, Slot, Source, Value,
 };
 use jiff::{Span, civil::Date, tz::TimeZone};
 use metrics::counter;
@@ -27,7 +28,7 @@ use uuid::Uuid;
 use crate::{
     config::{ArchiveConfig, TableRetention},
     error::ArchiveError,
-    lease::Leases,
+    lease::{LeasedWork, Leases},
 };
 
 /// Between two looks for days that have expired.
@@ -51,8 +52,15 @@ pub(crate) struct TableArchiver {
 
 impl TableArchiver {
     pub(crate) async fn run(self, beat: Heartbeat, stop: CancellationToken) -> Result<(), BoxError> {
-        self.leases.keep_working(self.table.name(), &beat, &stop, |lease| self.work(lease)).await;
+        self.leases.keep_working(&self, &beat, &stop).await;
         Ok(())
+    }
+}
+
+#[async_trait]
+impl LeasedWork for TableArchiver {
+    fn source(&self) -> &str {
+        self.table.name()
     }
 
     async fn work(&self, lease: ArchiveLease) -> Result<(), ArchiveError> {
@@ -63,7 +71,9 @@ impl TableArchiver {
             tokio::time::sleep(LOOK).await;
         }
     }
+}
 
+impl TableArchiver {
     /// Every day that is past its retention.
     async fn expire(&self, lease: &ArchiveLease, position: &mut ArchivePosition) -> Result<(), ArchiveError> {
         let today = self.clock.now().to_zoned(TimeZone::UTC).date();
@@ -160,10 +170,11 @@ impl TableArchiver {
         }
         fault::point("archiver.gathered").await;
         let source = Source::Table { name: slot.source.clone(), day, part: slot.first, complete };
-        let written = match batch.write(&self.cold, source, &self.leases.writer(lease), self.clock.now()).await {
-            Err(ColdError::AlreadyArchived(manifest)) => return Ok(Some(*manifest)),
-            other => other?,
-        };
+        let written =
+            match batch.write(&self.cold, source, &self.leases.writer(lease), self.clock.now()).await {
+                Err(ColdError::AlreadyArchived(manifest)) => return Ok(Some(*manifest)),
+                other => other?,
+            };
         fault::point("archiver.written").await;
         let confirmed = written.confirm(&self.cold).await?;
         fault::point("archiver.confirmed").await;
@@ -231,7 +242,10 @@ impl TableArchiver {
     /// A row as cold storage has it: the query gives the columns in its order.
     fn values(&self, row: &PgRow) -> Result<Row, ArchiveError> {
         let columns = dataset(self.table).columns.iter().enumerate();
-        columns.map(|(at, column)| value(row, at, column.kind)).collect::<Result<_, _>>().map_err(|error| self.unfit(error))
+        columns
+            .map(|(at, column)| value(row, at, column.kind))
+            .collect::<Result<_, _>>()
+            .map_err(|error| self.unfit(error))
     }
 }
 

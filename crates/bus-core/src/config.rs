@@ -31,7 +31,7 @@ const CLIENT_VARIABLES: [&str; 2] = ["EVENT_BUS_URL", "EVENT_BUS_API_KEY"];
 
 /// Keys (dotted) whose values are secret: taken from the environment as they are, never parsed as
 /// numbers or dictionaries (figment issue #42), readable from `<key>_file`, and redacted when shown.
-const SECRETS: [&str; 3] = ["postgres.url", "nats.url", "admin_token"];
+const SECRETS: [&str; 4] = ["postgres.url", "nats.url", "admin_token", "cold.secret_access_key"];
 
 /// Where the deliveries wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -155,7 +155,7 @@ pub struct ShutdownConfig {
 
 /// Every top-level key of any role. One file or one environment may serve all binaries, so a section
 /// that belongs to another role is accepted; a name that belongs to none is refused.
-const KNOWN: [&str; 20] = [
+const KNOWN: [&str; 24] = [
     "backend",
     "prefix",
     "lanes",
@@ -177,6 +177,9 @@ const KNOWN: [&str; 20] = [
     "sink",
     "worker",
     "maintenance",
+    "cold",
+    "archive",
+    "retention",
 ];
 
 /// What one role has besides [`Common`].

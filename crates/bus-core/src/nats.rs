@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
 use crate::{
+    audit::{Action, Record},
     config::{Common, NatsConfig},
     ids::{ConnectionId, OrganizationId},
     streams::{self, Archive, Described, OWN, Said},
@@ -372,6 +373,27 @@ impl Names {
     /// The receipts of one organization.
     pub fn receipt(&self, organization: OrganizationId) -> String {
         format!("{}.events.audit.receipt.{organization}", self.prefix)
+    }
+
+    /// Whether a message is a list of receipts.
+    pub fn is_receipt(&self, subject: &str) -> bool {
+        self.audit_kind(subject).is_some_and(|(kind, _)| kind == "receipt")
+    }
+
+    /// An audit record: `change` or `access`, and whose, `_` for what belongs to no organization alone.
+    pub fn audit_record(&self, record: &Record) -> String {
+        let kind = if record.action == Action::PayloadRead.as_str() { "access" } else { "change" };
+        let whose = record.organization_id.map_or_else(|| "_".to_owned(), |id| id.to_string());
+        format!("{}.events.audit.{kind}.{whose}", self.prefix)
+    }
+
+    /// Whether a message is an audit record.
+    pub fn is_audit_record(&self, subject: &str) -> bool {
+        self.audit_kind(subject).is_some_and(|(kind, _)| kind == "change" || kind == "access")
+    }
+
+    fn audit_kind<'a>(&self, subject: &'a str) -> Option<(&'a str, &'a str)> {
+        subject.strip_prefix(&*self.prefix)?.strip_prefix(".events.audit.")?.split_once('.')
     }
 
     /// Hints (core NATS).

@@ -129,9 +129,11 @@ impl Batch {
         }
         let note = Note { slot, revision: 1, writer: writer.to_owned(), created_at: now, paths };
         note.put(cold).await?;
-        stream::iter(files.into_iter().map(Ok))
-            .try_for_each_concurrent(AT_ONCE, async |(path, file)| cold.put(&path, file).await)
-            .await?;
+        // The futures are made before they are a stream: otherwise the compiler cannot tell that this one is `Send`
+        // (rust-lang/rust#102211).
+        let writes: Vec<_> =
+            files.into_iter().map(|(path, file)| async move { cold.put(&path, file).await }).collect();
+        stream::iter(writes).buffer_unordered(AT_ONCE).try_collect::<()>().await?;
         let manifest = Manifest {
             format: FORMAT,
             source,
@@ -188,8 +190,8 @@ impl Written {
     /// [`Error::Refused`] if an object is not what was written; [`Error::Fenced`] if that is so because another
     /// writer was faster; or if the store cannot be asked.
     pub async fn confirm(self, cold: &ColdStorage) -> Result<Confirmed, Error> {
-        let mut checks =
-            stream::iter(&self.0.objects).map(|object| cold.check_object(object)).buffer_unordered(AT_ONCE);
+        let checks: Vec<_> = self.0.objects.iter().map(|object| cold.check_object(object)).collect();
+        let mut checks = stream::iter(checks).buffer_unordered(AT_ONCE);
         let mut outcome = Ok(());
         while outcome.is_ok() {
             let Some(checked) = checks.next().await else { break };

@@ -58,6 +58,15 @@ impl ColdStorage {
     }
 
     async fn expire_batch(&self, manifest: &Manifest, expired: &mut Expired) -> Result<(), Error> {
+        self.remove_batch(manifest).await?;
+        expired.batches += 1;
+        expired.objects += manifest.objects.len() as u64;
+        expired.bytes += manifest.bytes();
+        Ok(())
+    }
+
+    /// Objects first and the manifest last, so that whoever is killed in between is followed up by the next one.
+    pub(crate) async fn remove_batch(&self, manifest: &Manifest) -> Result<(), Error> {
         let slot = manifest.slot();
         for object in &manifest.objects {
             self.delete(&object.path).await?;
@@ -78,9 +87,6 @@ impl ColdStorage {
         for path in manifests {
             self.delete(&path).await?;
         }
-        expired.batches += 1;
-        expired.objects += manifest.objects.len() as u64;
-        expired.bytes += manifest.bytes();
         Ok(())
     }
 }

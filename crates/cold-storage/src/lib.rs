@@ -7,6 +7,7 @@
 //! what it wrote is removed. Whoever dies between two steps leaves a note, by which the next one finds what there is
 //! to remove.
 
+mod account;
 mod batch;
 mod config;
 mod dataset;

@@ -56,11 +56,9 @@ impl ColdStorage {
     /// If the store cannot be asked, or the manifest is not readable.
     pub async fn manifest_at(&self, slot: &Slot) -> Result<Option<Manifest>, Error> {
         slot.check()?;
-        let found = self.list(&slot.folder()).try_filter_map(async |meta| {
-            Ok(parse_manifest_path(meta.location.as_ref()).map(|(_, revision)| revision))
-        });
-        let revisions: Vec<u32> = found.try_collect().await?;
-        let Some(newest) = revisions.into_iter().max() else { return Ok(None) };
+        let found: Vec<ObjectMeta> = self.list(&slot.folder()).try_collect().await?;
+        let revisions = found.iter().filter_map(|meta| parse_manifest_path(meta.location.as_ref()));
+        let Some(newest) = revisions.map(|(_, revision)| revision).max() else { return Ok(None) };
         self.manifest(&slot.manifest_path(newest)).await
     }
 

@@ -198,6 +198,12 @@ impl Stack {
         Ok(stack)
     }
 
+    /// The folder of its cold storage.
+    #[must_use]
+    pub fn cold_dir(&self) -> PathBuf {
+        self.run.path().join("cold")
+    }
+
     /// Starts one more process of a role, with further variables, and gives its index among those of its
     /// role. It is not ready yet.
     ///
@@ -213,6 +219,9 @@ impl Stack {
         ];
         if let Some(url) = self.nats_url() {
             env.push(("NATS_URL".to_owned(), url));
+        }
+        if matches!(role, Role::Archiver | Role::EventBus) {
+            env.push(("EVENT_BUS_COLD__URL".to_owned(), format!("file://{}", self.cold_dir().display())));
         }
         if matches!(role, Role::Publisher | Role::DeliveryWorker | Role::EventBus) {
             env.push(("EVENT_BUS_SINK__ALLOW_CIDRS".to_owned(), LOOPBACK.to_owned()));

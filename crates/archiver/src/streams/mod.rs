@@ -10,6 +10,7 @@ mod trim;
 
 use std::{sync::Arc, time::Duration};
 
+use async_trait::async_trait;
 use bus_core::{
     clock::Clock,
     fault,
@@ -25,7 +26,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use self::read::StreamState;
-use crate::{config::ArchiveConfig, error::ArchiveError, lease::Leases};
+use crate::{
+    config::ArchiveConfig,
+    error::{ArchiveError, During as _},
+    lease::{LeasedWork, Leases},
+};
 
 /// Between two looks at a stream of which nothing is due.
 const LOOK: Duration = Duration::from_secs(1);
@@ -42,20 +47,32 @@ pub(crate) struct StreamArchiver {
 
 impl StreamArchiver {
     pub(crate) async fn run(self, beat: Heartbeat, stop: CancellationToken) -> Result<(), BoxError> {
-        self.leases.keep_working(self.name(), &beat, &stop, |lease| self.work(lease)).await;
+        self.leases.keep_working(&self, &beat, &stop).await;
         Ok(())
     }
 
     fn name(&self) -> &str {
         &self.stream.config.name
     }
+}
+
+#[async_trait]
+impl LeasedWork for StreamArchiver {
+    fn source(&self) -> &str {
+        self.name()
+    }
 
     async fn work(&self, lease: ArchiveLease) -> Result<(), ArchiveError> {
         // Another archiver may work on another stream; each makes those that it works on.
-        self.nats.prepare_archived().await.map_err(crate::error::broker("create the archived streams"))?;
+        self.nats.prepare_archived().await.during("create the archived streams")?;
         let resumed = self.cold.resume(self.name()).await?;
         if resumed.discarded > 0 || resumed.open > 0 {
-            info!(source = self.name(), discarded = resumed.discarded, open = resumed.open, "Found unfinished batches");
+            info!(
+                source = self.name(),
+                discarded = resumed.discarded,
+                open = resumed.open,
+                "Found unfinished batches"
+            );
         }
         let mut position = lease.position.clone();
         let mut oldest = None;
@@ -72,7 +89,9 @@ impl StreamArchiver {
             self.trim(&lease, &position, &state).await?;
         }
     }
+}
 
+impl StreamArchiver {
     /// Makes sure that the position is one in this stream: not in one of the same name that was deleted, nor in a future
     /// that the broker has forgotten.
     async fn follow(
@@ -89,15 +108,20 @@ impl StreamArchiver {
         let incarnation = match known {
             // The same stream, which has gone back: its numbers are given out a second time.
             Some(known) if same => {
-                error!(source = self.name(), archived = position.next - 1, last = state.last, "The broker has lost messages that are archived");
+                error!(
+                    source = self.name(),
+                    archived = position.next - 1,
+                    last = state.last,
+                    "The broker has lost messages that are archived"
+                );
                 counter!("bus_archive_rewinds", "source" => self.name().to_owned()).increment(1);
                 later(known)
             }
             _ => state.created.clone(),
         };
         // The database may have lost its account where cold storage has not.
-        let archived = self.cold.last_position(self.name(), &incarnation).await?;
-        let next = archived.map_or(state.first, |last| last + 1).max(1);
+        let archived = self.cold.last_manifest(self.name(), &incarnation).await?;
+        let next = archived.and_then(|manifest| manifest.source.next()).unwrap_or(state.first);
         let to = ArchivePosition { incarnation: Some(incarnation), next, after: None };
         if !pg::restart_archive_source(&self.leases.pool, lease, &to).await? {
             return Err(ArchiveError::LeaseLost(lease.source.clone()));
@@ -178,7 +202,13 @@ impl StreamArchiver {
         let messages = range.messages.iter().filter(|message| message.sequence <= last).count() as u64;
         let missing = last + 1 - slot.first - messages;
         if missing > 0 {
-            error!(source = self.name(), missing, first = slot.first, last, "Messages were gone before they were archived");
+            error!(
+                source = self.name(),
+                missing,
+                first = slot.first,
+                last,
+                "Messages were gone before they were archived"
+            );
             counter!("bus_archive_missing_messages", "source" => self.name().to_owned()).increment(missing);
         }
         fault::point("archiver.gathered").await;
@@ -189,16 +219,17 @@ impl StreamArchiver {
             last,
             messages,
         };
-        let written = match batch.write(&self.cold, source, &self.leases.writer(lease), self.clock.now()).await {
-            Err(ColdError::AlreadyArchived(manifest)) => return Ok(self.repeated(*manifest)),
-            other => other?,
-        };
+        let written =
+            match batch.write(&self.cold, source, &self.leases.writer(lease), self.clock.now()).await {
+                Err(ColdError::AlreadyArchived(manifest)) => return Ok(self.repeated(*manifest)),
+                other => other?,
+            };
         fault::point("archiver.written").await;
         let confirmed = written.confirm(&self.cold).await?;
         fault::point("archiver.confirmed").await;
         let manifest = confirmed.commit(&self.cold).await?;
         fault::point("archiver.committed").await;
-        let bytes = manifest.objects.iter().map(|object| object.bytes).sum();
+        let bytes = manifest.bytes();
         let source = self.name().to_owned();
         counter!("bus_archive_batches", "source" => source.clone()).increment(1);
         counter!("bus_archive_rows", "source" => source.clone()).increment(manifest.rows);

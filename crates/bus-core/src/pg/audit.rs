@@ -215,3 +215,27 @@ pub async fn records(pool: &PgPool, query: &RecordQuery) -> Result<Paged<Record>
     };
     Ok(Paged { items, next })
 }
+
+/// The oldest records that the audit stream does not have yet, at most `limit`, held by this transaction.
+pub async fn take_open(transaction: &mut PgConnection, limit: u32) -> Result<Vec<Record>, StoreError> {
+    let rows: Vec<RecordRow> = sqlx::query_as(
+        "SELECT id, organization_id, at, actor, key_id, connection_id, action, target_kind, target_id, before, after,
+                request_id
+         FROM audit_records WHERE relayed_at IS NULL ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED",
+    )
+    .bind(i64::from(limit))
+    .fetch_all(transaction)
+    .await
+    .during("take audit records for the stream")?;
+    rows.into_iter().map(Record::try_from).collect()
+}
+
+/// Notes that the audit stream has these records.
+pub async fn note_relayed(transaction: &mut PgConnection, ids: &[AuditId]) -> Result<(), StoreError> {
+    sqlx::query("UPDATE audit_records SET relayed_at = now() WHERE id = ANY($1)")
+        .bind(ids.iter().map(|id| id.0).collect::<Vec<_>>())
+        .execute(transaction)
+        .await
+        .during("note audit records that the stream has")?;
+    Ok(())
+}

@@ -367,3 +367,19 @@ pub async fn settle_dead_letter(
     transaction.commit().await.during("commit a dead letter that was replayed or discarded")?;
     Ok(true)
 }
+
+/// Removes at most `limit` dead letters that were given up more than `keep_days` ago.
+pub async fn sweep_dead_letters(pool: &PgPool, keep_days: u32, limit: u32) -> Result<u64, StoreError> {
+    let swept = sqlx::query(
+        "DELETE FROM delivery_states WHERE delivery_id IN (
+             SELECT delivery_id FROM delivery_states
+             WHERE state = 'dead' AND changed_at < now() - make_interval(days => $1)
+             ORDER BY changed_at LIMIT $2 FOR UPDATE SKIP LOCKED)",
+    )
+    .bind(i32::try_from(keep_days).unwrap_or(i32::MAX))
+    .bind(i64::from(limit))
+    .execute(pool)
+    .await
+    .during("sweep old dead letters")?;
+    Ok(swept.rows_affected())
+}

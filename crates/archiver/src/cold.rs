@@ -1,0 +1,187 @@
+//! Everything that is done with cold storage: one loop for each stream and each table that is moved there, and one for
+//! what expires in it.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bus_core::{
+    clock::Clock,
+    launcher::{BoxError, Ctx, Heartbeat},
+    nats::Nats,
+    pg::{ArchiveLease, DayTable},
+    streams::{AUDIT, Archive, Described},
+    telemetry::Chain,
+};
+use cold_storage::ColdStorage;
+use futures::{
+    FutureExt as _,
+    future::{BoxFuture, try_join_all},
+};
+use jiff::{Span, tz::TimeZone};
+use metrics::counter;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    config::{ArchiverConfig, TableRetention},
+    error::ArchiveError,
+    lease::{LeasedWork, Leases},
+    streams::StreamArchiver,
+    tables::TableArchiver,
+};
+
+/// Between two tries to open cold storage.
+const AGAIN: Duration = Duration::from_secs(10);
+
+/// How long a loop may be without a sign of life: it pauses after errors, and big objects take their time.
+const ALIVE: Duration = Duration::from_secs(600);
+
+/// Between two looks for what has expired in cold storage.
+const EXPIRY: Duration = Duration::from_secs(3_600);
+
+/// All loops that need cold storage. They begin when it can be opened: until then nothing expires, and all else goes on.
+pub(crate) struct ColdLoops {
+    config: ArchiverConfig,
+    streams: Vec<(Described, Heartbeat)>,
+    tables: Vec<(DayTable, TableRetention, Heartbeat)>,
+    nats: Option<Nats>,
+    leases: Leases,
+    clock: Arc<dyn Clock>,
+    /// Of the loop that expires what is there, if anything does.
+    expiry: Option<Heartbeat>,
+    stop: CancellationToken,
+}
+
+impl ColdLoops {
+    pub(crate) fn new(ctx: &Ctx<ArchiverConfig>, pool: PgPool, nats: Option<Nats>) -> Self {
+        let beat = |name: &str| ctx.health.heartbeat(format!("archive {name}"), ALIVE);
+        let archived = nats.iter().flat_map(|nats| nats.streams.iter());
+        let streams: Vec<_> = archived
+            .filter(|stream| stream.archive == Archive::Archive)
+            .map(|stream| (stream.clone(), beat(&stream.name)))
+            .collect();
+        let audit = streams.iter().any(|(stream, _)| stream.name == AUDIT);
+        let tables = DayTable::ALL
+            .into_iter()
+            .map(|table| {
+                let mut retention = ctx.config.retention.of(table);
+                let from_stream = matches!(table, DayTable::DeliveryAttempts | DayTable::AuditRecords);
+                if from_stream && audit {
+                    // Its rows came by the audit stream, and went from there to cold storage.
+                    retention.archive = Archive::Drop;
+                }
+                (table, retention, beat(table.name()))
+            })
+            .filter(|(_, retention, _)| retention.keep_days > 0)
+            .collect();
+        let holder = ctx.ids.next().simple().to_string();
+        Self {
+            streams,
+            tables,
+            nats,
+            leases: Leases { pool, holder: holder[20..].to_owned(), seconds: ctx.config.archive.lease_s },
+            clock: Arc::clone(&ctx.clock),
+            expiry: (ctx.config.retention.cold.keep_days > 0).then(|| beat("expiry")),
+            stop: ctx.stop.clone(),
+            config: ctx.config.clone(),
+        }
+    }
+
+    pub(crate) async fn run(self) -> Result<(), BoxError> {
+        let Some(cold) = self.open().await else { return Ok(()) };
+        let mut loops: Vec<BoxFuture<'_, Result<(), BoxError>>> = Vec::new();
+        for (stream, beat) in self.streams {
+            let Some(nats) = self.nats.clone() else { continue };
+            let archiver = StreamArchiver {
+                nats,
+                cold: cold.clone(),
+                leases: self.leases.clone(),
+                stream,
+                config: self.config.archive.clone(),
+                clock: Arc::clone(&self.clock),
+            };
+            loops.push(archiver.run(beat, self.stop.clone()).boxed());
+        }
+        for (table, retention, beat) in self.tables {
+            let archiver = TableArchiver {
+                table,
+                retention,
+                cold: cold.clone(),
+                leases: self.leases.clone(),
+                config: self.config.archive.clone(),
+                clock: Arc::clone(&self.clock),
+            };
+            loops.push(archiver.run(beat, self.stop.clone()).boxed());
+        }
+        if let Some(beat) = self.expiry {
+            let days = self.config.retention.cold.keep_days;
+            let expiry = Expiry { cold, leases: self.leases, days, clock: self.clock };
+            loops.push(expiry.run(beat, self.stop.clone()).boxed());
+        }
+        try_join_all(loops).await?;
+        Ok(())
+    }
+
+    /// `None` if the process was told to stop before it could be opened.
+    async fn open(&self) -> Option<ColdStorage> {
+        loop {
+            match probe(&self.config.cold, &self.leases.holder).await {
+                Ok(cold) => return Some(cold),
+                Err(failed) => {
+                    counter!("bus_archive_failures", "source" => "cold").increment(1);
+                    warn!(error = %Chain(&failed), "Cold storage cannot be used yet, and nothing is archived");
+                }
+            }
+            let beats =
+                self.streams.iter().map(|(_, beat)| beat).chain(self.tables.iter().map(|(_, _, beat)| beat));
+            beats.chain(&self.expiry).for_each(Heartbeat::beat);
+            self.stop.run_until_cancelled(tokio::time::sleep(AGAIN)).await?;
+        }
+    }
+}
+
+async fn probe(config: &cold_storage::Config, holder: &str) -> Result<ColdStorage, cold_storage::Error> {
+    let cold = ColdStorage::open(config)?;
+    cold.probe(holder).await?;
+    Ok(cold)
+}
+
+/// Deletes what has expired in cold storage.
+struct Expiry {
+    cold: ColdStorage,
+    leases: Leases,
+    days: u32,
+    clock: Arc<dyn Clock>,
+}
+
+/// What the lease of [`Expiry`] is about.
+const COLD: &str = "cold";
+
+impl Expiry {
+    async fn run(self, beat: Heartbeat, stop: CancellationToken) -> Result<(), BoxError> {
+        self.leases.keep_working(&self, &beat, &stop).await;
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl LeasedWork for Expiry {
+    fn source(&self) -> &str {
+        COLD
+    }
+
+    async fn work(&self, _: ArchiveLease) -> Result<(), ArchiveError> {
+        loop {
+            let today = self.clock.now().to_zoned(TimeZone::UTC).date();
+            if let Ok(before) = today.checked_sub(Span::new().days(i64::from(self.days))) {
+                let expired = self.cold.expire(before).await?;
+                if expired.batches > 0 {
+                    counter!("bus_archive_expired_batches").increment(expired.batches);
+                    info!(%before, batches = expired.batches, objects = expired.objects, "Expired in cold storage");
+                }
+            }
+            tokio::time::sleep(EXPIRY).await;
+        }
+    }
+}
