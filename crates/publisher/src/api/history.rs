@@ -235,17 +235,17 @@ pub(super) async fn get(
 
 /// The event, wherever it is.
 async fn read(api: &Api, organization: OrganizationId, uid: EventUid) -> Result<EventView, Problem> {
-    if let Some(published) = published(api, organization, uid).await? {
+    if let Some(published) = published_event(api, organization, uid).await? {
         return Ok(published);
     }
     if let Some(waiting) = pg::scheduled_event(&api.pool, organization, uid).await? {
         return EventView::try_from(waiting);
     }
     // It was due just now.
-    published(api, organization, uid).await?.ok_or_else(Problem::not_found)
+    published_event(api, organization, uid).await?.ok_or_else(Problem::not_found)
 }
 
-async fn published(
+async fn published_event(
     api: &Api,
     organization: OrganizationId,
     uid: EventUid,

@@ -1,0 +1,214 @@
+//! Invariant I8, over the real archiver: what leaves a stream is in cold storage, once, whenever the archiver dies.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use async_nats::{HeaderMap, jetstream};
+use bus_core::{
+    ids::{ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds},
+    receipt::{Receipt, ReceiptOutcome},
+};
+use cold_storage::{ColdStorage, Config, Query, Value};
+use devkit::{
+    processes::Role,
+    stack::{Stack, StackOptions},
+    wait_until,
+};
+use futures::TryStreamExt as _;
+use jiff::{SignedDuration, Timestamp};
+use sqlx::PgPool;
+use url::Url;
+use uuid::Uuid;
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Where an archiver dies.
+const POINTS: [&str; 7] = [
+    "archiver.gathered",
+    "archiver.written",
+    "archiver.confirmed",
+    "archiver.committed",
+    "archiver.noted",
+    "archiver.before-trim",
+    "archiver.trimmed",
+];
+
+/// An archiver without a bus; the test writes to the audit stream what workers would.
+struct Scene {
+    stack: Stack,
+    pool: PgPool,
+    jetstream: jetstream::Context,
+    cold: ColdStorage,
+    organizations: [OrganizationId; 3],
+    /// What was published: delivery and attempt.
+    receipts: BTreeSet<(Uuid, i32)>,
+    malformed: usize,
+}
+
+impl Scene {
+    async fn set() -> Self {
+        let mut options = StackOptions::default()
+            // Everything is due at once, and old a second later.
+            .role_env(Role::Archiver, "EVENT_BUS_ARCHIVE__BATCH_AGE_S", 0)
+            .role_env(Role::Archiver, "EVENT_BUS_ARCHIVE__BATCH_MESSAGES", 7)
+            .env("EVENT_BUS_STREAMS__AUDIT__MAX_AGE_S", 1);
+        for role in Role::ALL {
+            options = options.replicas(role, usize::from(role == Role::Archiver));
+        }
+        let stack = Stack::start(options).await.unwrap();
+        let pool = stack.owner_pool().await.unwrap();
+        let client = async_nats::connect(stack.nats_url().unwrap()).await.unwrap();
+        let url = Url::from_directory_path(stack.cold_dir()).unwrap();
+        let cold = ColdStorage::open(&Config::at(url)).unwrap();
+        Self {
+            stack,
+            pool,
+            jetstream: jetstream::new(client),
+            cold,
+            organizations: [(); 3].map(|()| OrganizationId(SystemIds.next())),
+            receipts: BTreeSet::new(),
+            malformed: 0,
+        }
+    }
+
+    fn subject(&self, rest: &str) -> String {
+        format!("{}.events.audit.{rest}", self.stack.prefix())
+    }
+
+    /// Messages with receipts of each organization, and one that nobody can read.
+    async fn publish(&mut self, messages: u32) {
+        let now: Timestamp = "2026-11-20T23:59:59Z".parse().unwrap();
+        for n in 0..messages {
+            for (i, organization) in self.organizations.into_iter().enumerate() {
+                let event = EventUid(SystemIds.next());
+                let subscription = SubscriptionId(SystemIds.next());
+                let attempts = (1..=i32::try_from(i).unwrap() + 1).map(|attempt| Receipt {
+                    delivery: DeliveryId::derive(event, subscription),
+                    attempt: attempt.unsigned_abs(),
+                    turn: 0,
+                    event,
+                    organization,
+                    subscription,
+                    connection: ConnectionId(SystemIds.next()),
+                    outcome: ReceiptOutcome::Failed,
+                    status: Some(500),
+                    error: Some("no".into()),
+                    // Over midnight, so that there are two days.
+                    at: now + SignedDuration::from_secs(attempt.into()),
+                    duration_ms: n,
+                });
+                let receipts: Vec<Receipt> = attempts.collect();
+                let keys = receipts.iter().map(|receipt| (receipt.delivery.0, receipt.attempt.cast_signed()));
+                self.receipts.extend(keys);
+                let body = serde_json::to_vec(&receipts).unwrap();
+                let subject = self.subject(&format!("receipt.{organization}"));
+                self.jetstream.publish(subject, body.into()).await.unwrap().await.unwrap();
+            }
+        }
+        let mut headers = HeaderMap::new();
+        headers.insert("X-From", "elsewhere");
+        let subject = self.subject("other.kind");
+        self.jetstream.publish_with_headers(subject, headers, "no JSON".into()).await.unwrap().await.unwrap();
+        self.malformed += 1;
+    }
+
+    /// A dead archiver's leases end; nobody waits for that.
+    async fn end_leases(&self) {
+        sqlx::query("UPDATE archive_sources SET lease_until = '-infinity'")
+            .execute(&self.pool)
+            .await
+            .unwrap();
+    }
+
+    /// Starts the archiver so that it stops at this point, and kills it there.
+    async fn die_at(&mut self, point: &str) {
+        self.end_leases().await;
+        let archiver = self.stack.process(Role::Archiver, 0);
+        archiver.set_env("BUS_FAULT_POINT", Some(point));
+        archiver.respawn().unwrap();
+        wait_until(point, DEADLINE, async || {
+            let log = archiver.log_text().map_err(|error| error.to_string())?;
+            if log.contains("Stopped at a fault point") { Ok(()) } else { Err(log) }
+        })
+        .await;
+        archiver.sigkill().await.unwrap();
+    }
+
+    /// Starts the archiver, and waits until it has archived and trimmed everything.
+    async fn finish(&mut self) {
+        self.end_leases().await;
+        let archiver = self.stack.process(Role::Archiver, 0);
+        archiver.set_env("BUS_FAULT_POINT", None);
+        archiver.respawn().unwrap();
+        let name = format!("{}_AUDIT", self.stack.prefix().to_ascii_uppercase());
+        wait_until("the stream is empty", DEADLINE, async || {
+            let mut stream = self.jetstream.get_stream(&name).await.map_err(|error| error.to_string())?;
+            let state = &stream.info().await.map_err(|error| error.to_string())?.state;
+            if state.messages == 0 { Ok(()) } else { Err(format!("{state:?}")) }
+        })
+        .await;
+    }
+
+    async fn rows(&self, domain: &str) -> Vec<cold_storage::Record> {
+        let query = Query {
+            domain: domain.into(),
+            organization: None,
+            since: None,
+            until: None,
+            event: None,
+            limit: usize::MAX,
+        };
+        self.cold.query(&query).unwrap().try_collect().await.unwrap()
+    }
+
+    /// Nothing lost, nothing twice, and nothing in cold storage that no manifest names.
+    async fn check(&self) {
+        let report = self.cold.verify(|_| ()).await.unwrap();
+        assert!(report.problems.is_empty(), "{:?}", report.problems);
+        assert!(report.in_progress.is_empty(), "{:?}", report.in_progress);
+        let mut archived = BTreeMap::new();
+        for row in self.rows("receipts").await {
+            let (Some(Value::Uuid(delivery)), Some(Value::Int(attempt))) =
+                (row.get("delivery"), row.get("attempt"))
+            else {
+                panic!("{row:?}")
+            };
+            *archived.entry((*delivery, *attempt)).or_insert(0) += 1;
+        }
+        let lost: Vec<_> = self.receipts.iter().filter(|key| !archived.contains_key(key)).collect();
+        let twice: Vec<_> = archived.iter().filter(|(_, times)| **times > 1).collect();
+        assert!(lost.is_empty() && twice.is_empty(), "lost {lost:?}, twice {twice:?}");
+        assert_eq!(archived.len(), self.receipts.len());
+        assert_eq!(self.rows("messages").await.len(), self.malformed);
+        let history: Vec<(Uuid, i32)> = sqlx::query_as("SELECT delivery_id, attempt FROM delivery_attempts")
+            .fetch_all(&self.pool)
+            .await
+            .unwrap();
+        assert_eq!(history.len(), self.receipts.len());
+        assert_eq!(history.into_iter().collect::<BTreeSet<_>>(), self.receipts);
+    }
+}
+
+/// `ARCHIVE_KILLS=50` for a long run.
+#[tokio::test]
+async fn i8_an_archiver_that_dies_after_any_step_loses_nothing_and_archives_nothing_twice() {
+    let kills = std::env::var("ARCHIVE_KILLS").map_or(POINTS.len(), |kills| kills.parse().unwrap());
+    let mut scene = Scene::set().await;
+    scene.stack.process(Role::Archiver, 0).sigkill().await.unwrap();
+    for point in POINTS.iter().cycle().take(kills) {
+        scene.publish(4).await;
+        scene.die_at(point).await;
+    }
+    scene.publish(4).await;
+    scene.finish().await;
+    scene.check().await;
+    let repeats = scene.stack.process(Role::Archiver, 0).log_text().unwrap();
+    assert!(repeats.contains("Trimmed what is in cold storage"), "{repeats}");
+    println!("archive: {kills} kills, {} receipts, lost 0, doubled 0", scene.receipts.len());
+    scene.pool.close().await;
+    scene.stack.shutdown().await.unwrap();
+}
