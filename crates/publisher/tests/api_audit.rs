@@ -592,6 +592,16 @@ async fn reading_payloads_is_recorded_where_the_configuration_says_so() {
         let record = watch.left("a read", &reply, actor, ("payload.read", kind, id)).await;
         assert_eq!(record.after, events.map(|events| json!({ "events": events })), "{path}");
     }
+    // Answers to changes show a schedule's event, too.
+    for (verb, expected) in
+        [("pause", &["payload.read", "schedule.paused"][..]), ("pause", &["payload.read"][..])]
+    {
+        api.bare(&format!("/v1/schedules/{schedule}/{verb}")).await.is(200);
+        let fresh = watch.fresh().await;
+        assert_eq!(fresh.iter().map(|record| record.action.as_str()).collect::<Vec<_>>(), expected);
+    }
+    api.post("/v1/events", daily(3)).await.is(200);
+    assert_eq!(watch.fresh().await.len(), 1, "it is shown as it was there");
     // Nothing of what events say.
     for path in
         ["/v1/events", "/v1/events?include=event&type=none", "/v1/schedules", "/v1/dead-letters", "/v1/audit"]
@@ -608,6 +618,7 @@ async fn reading_payloads_is_recorded_where_the_configuration_says_so() {
     {
         problem(&api.get(path).await, 503, "unavailable");
     }
+    problem(&api.bare(&format!("/v1/schedules/{schedule}/pause")).await, 503, "unavailable");
     api.get("/v1/events").await.is(200);
     pool.close().await;
     bus.stop().await;
