@@ -54,6 +54,14 @@ fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>
         "getOpenapi" => vec![("/openapi.json".into(), None, Own(200))],
         "createOrganization" => vec![(organizations.into(), Some(json!({ "name": "x" })), Forbidden)],
         "listOrganizations" => vec![(organizations.into(), None, Forbidden)],
+        "listAllAudit" => vec![("/v1/admin/audit".into(), None, Forbidden)],
+        "listAudit" => vec![
+            ("/v1/audit".into(), None, Own(200)),
+            (format!("/v1/audit?targetId={connection}"), None, EmptyList),
+            (format!("/v1/audit?targetKind=connection&targetId={connection}"), None, EmptyList),
+            (format!("/v1/audit?organizationId={}", tenant.id), None, EmptyList),
+            (format!("/v1/audit?keyId={key}"), None, EmptyList),
+        ],
         "getOrganization" => vec![(organization, None, NotFound)],
         "createKey" => {
             let new = json!({ "name": "x", "scopes": ["read"] });
@@ -252,6 +260,9 @@ async fn try_one(
     let not_admin = stranger.get("/v1/admin/organizations/none").await.status == 403;
     match expected {
         NotFound if not_admin && path.starts_with("/v1/admin/") => {
+            problem(&reply, 403, "forbidden");
+        }
+        _ if not_admin && path.starts_with("/v1/audit") => {
             problem(&reply, 403, "forbidden");
         }
         NotFound => {

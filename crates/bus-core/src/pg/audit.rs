@@ -133,8 +133,14 @@ impl RecordQuery {
     }
 }
 
+macro_rules! columns {
+    () => {
+        "id, organization_id, at, actor, key_id, connection_id, action, target_kind, target_id, before, after, request_id"
+    };
+}
+
 #[derive(sqlx::FromRow)]
-struct RecordRow {
+pub(super) struct RecordRow {
     id: Uuid,
     organization_id: Option<Uuid>,
     at: jiff_sqlx::Timestamp,
@@ -191,10 +197,7 @@ pub async fn records(pool: &PgPool, query: &RecordQuery) -> Result<Paged<Record>
     read_in_order(&mut transaction).await?;
     let wanted = i64::from(query.limit) + 1;
     let scan = if query.searches() { AUDIT_SCAN.max(wanted) } else { wanted };
-    let mut list = QueryBuilder::<Postgres>::new(
-        "SELECT id, organization_id, at, actor, key_id, connection_id, action, target_kind, target_id, before, after, \
-         request_id FROM (SELECT *",
-    );
+    let mut list = QueryBuilder::<Postgres>::new(concat!("SELECT ", columns!(), " FROM (SELECT *"));
     query.push_range(&mut list);
     list.push(" LIMIT ").push_bind(scan).push(") AS looked_at");
     query.push_fits(&mut list);

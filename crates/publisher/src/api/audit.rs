@@ -101,7 +101,7 @@ impl<T: FromStr> TryFrom<String> for Word<T> {
     type Error = &'static str;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse().map(Self).map_err(|_| "there is no such word; the documentation lists them")
+        text.parse().map(Self).map_err(|_| "there is no such word; docs/api.md lists them")
     }
 }
 
@@ -228,7 +228,8 @@ pub(super) async fn one_read(
     payload_read(api, by, organization, Change::new(Action::PayloadRead, kind, id)).await
 }
 
-/// Nobody reads without a record, if records are asked for.
+/// Nobody reads without a record, if records are asked for. It has an id of its own: the request may have made a change,
+/// too.
 async fn payload_read(
     api: &Api,
     by: &By,
@@ -238,9 +239,10 @@ async fn payload_read(
     if !api.payload_access {
         return Ok(());
     }
+    let by = By { record: AuditId(api.ids.next()), ..by.clone() };
     let recorded = async {
         let mut connection = pg::acquire(&api.pool).await?;
-        pg::audit::record(&mut connection, by, Some(organization), change).await
+        pg::audit::record(&mut connection, &by, Some(organization), change).await
     };
     recorded.await.map_err(|failed| {
         error!(error = %Chain(&failed), "Payloads are not shown, since that cannot be recorded");
@@ -248,4 +250,19 @@ async fn payload_read(
             "the reading of payloads is recorded, and the record could not be written; nothing is shown";
         Problem::unavailable(detail)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_names_every_action_and_kind_of_target() {
+        let page = include_str!("../../../../docs/api.md");
+        let table = page.split("## Audit").nth(1).expect("the section");
+        let actions = Action::ALL.iter().map(|action| action.as_str());
+        for word in actions.chain(TargetKind::ALL.iter().map(|kind| kind.as_str())) {
+            assert!(table.contains(&format!("`{word}`")), "docs/api.md lacks {word}");
+        }
+    }
 }

@@ -93,9 +93,15 @@ pub(super) async fn get(
 ) -> Result<Answer<ScheduleView>, Problem> {
     let schedule =
         pg::schedule(&api.pool, principal.publisher(), id).await?.ok_or_else(Problem::not_found)?;
+    show(&api, schedule, &by).await.map(Answer)
+}
+
+/// A schedule with its event, for somebody who may not have known that.
+async fn show(api: &Api, schedule: Schedule, by: &By) -> Result<ScheduleView, Problem> {
+    let (organization, id) = (schedule.organization, schedule.id);
     let view = ScheduleView::with_event(schedule)?;
-    audit::one_read(&api, &by, principal.organization, TargetKind::Schedule, id).await?;
-    Ok(Answer(view))
+    audit::one_read(api, by, organization, TargetKind::Schedule, id).await?;
+    Ok(view)
 }
 
 /// What became of an occurrence: `fired`, published; `skipped`, then `reason` says why
@@ -280,7 +286,7 @@ async fn turn(
     match pg::turn_schedule(&api.pool, principal.publisher(), id, turn, by).await? {
         Turned::Done(schedule) => {
             tell(api, &schedule).await;
-            ScheduleView::with_event(*schedule).map(Answer)
+            show(api, *schedule, by).await.map(Answer)
         }
         Turned::Over(schedule) => Err(over(&schedule)),
         Turned::None => Err(Problem::not_found()),

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::{tell, view::ScheduleView};
+use super::{show, tell, view::ScheduleView};
 use crate::api::{
     Api,
     auth::{Authorized, Principal, PublishLater, Recorded},
@@ -108,7 +108,7 @@ pub(in crate::api) async fn store_schedule(
         }
         PutSchedule::There(schedule) => {
             tell(api, &schedule).await;
-            Ok(Answer(ScheduleView::with_event(*schedule)?).into_response())
+            Ok(Answer(show(api, *schedule, by).await?).into_response())
         }
         PutSchedule::Foreign => Err(Problem::new(
             ProblemType::ScheduleTaken,

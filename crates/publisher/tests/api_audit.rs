@@ -1,0 +1,767 @@
+//! Audit records: every change leaves one, and nothing else does.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use bus_core::{
+    audit::{Actor, Record},
+    ids::AuditId,
+    pg::{self, audit::RecordQuery},
+};
+use common::{
+    Bus, Caller, Check as _, Tenant, URL, ahead, deliveries::Published, operations, pointers, problem,
+};
+use devkit::{client::Reply, processes::Role};
+use http::Method;
+use serde_json::{Value, json};
+use sqlx::PgPool;
+
+/// Sees each record once, and remembers which operations were tried.
+struct Watch {
+    pool: PgPool,
+    seen: BTreeSet<AuditId>,
+    tried: BTreeSet<&'static str>,
+}
+
+impl Watch {
+    async fn new(pool: PgPool) -> Self {
+        let mut watch = Self { pool, seen: BTreeSet::new(), tried: BTreeSet::new() };
+        watch.fresh().await;
+        watch
+    }
+
+    /// The records that are new since the last call.
+    async fn fresh(&mut self) -> Vec<Record> {
+        let query = RecordQuery { limit: 10_000, ..RecordQuery::default() };
+        let all = pg::audit::records(&self.pool, &query).await.unwrap().items;
+        all.into_iter().filter(|record| self.seen.insert(record.id)).collect()
+    }
+
+    /// The operation has left one record, of this action and target, by this actor and for this request.
+    async fn left(
+        &mut self,
+        operation: &'static str,
+        reply: &Reply,
+        by: Actor,
+        (action, kind, id): (&str, &str, &str),
+    ) -> Record {
+        self.tried.insert(operation);
+        let fresh = self.fresh().await;
+        let [record] = fresh.as_slice() else { panic!("{operation} leaves one record: {fresh:#?}") };
+        assert_eq!((record.action.as_str(), record.target.kind.as_str()), (action, kind), "{operation}");
+        assert_eq!(record.target.id, id, "{operation}");
+        assert_eq!(record.actor, by, "{operation}");
+        let request = reply.headers["x-request-id"].to_str().unwrap();
+        assert_eq!(record.request_id.as_deref(), Some(request), "{operation}");
+        record.clone()
+    }
+
+    /// The operation, which is tried by this, leaves no record, and this is why.
+    async fn left_nothing(&mut self, operation: &'static str, why: &str) {
+        self.tried.insert(operation);
+        assert_eq!(self.fresh().await, [], "{operation}: {why}");
+    }
+
+    /// Nothing that has happened since the last call is a change.
+    async fn nothing_happened(&mut self, what: &str) {
+        assert_eq!(self.fresh().await, [], "{what}");
+    }
+}
+
+/// Creates a key and gives a client with it, and who that is in records.
+async fn key(bus: &Bus, tenant: &Tenant, scopes: &[&str], connection: Option<&str>) -> (Caller, Actor) {
+    let new = json!({ "name": "a key", "scopes": scopes, "connectionId": connection });
+    let created = bus.admin.post(&tenant.keys(), new).await.expect(201);
+    let actor = Actor::Key {
+        key_id: created.id().parse().unwrap(),
+        connection_id: connection.map(|id| id.parse().unwrap()),
+    };
+    (Caller(bus.admin.0.with_token(created.text("/key"))), actor)
+}
+
+const EVERYTHING: &[&str] = &["publish", "subscribe", "read", "admin"];
+
+/// An event that recurs each day at that hour.
+fn daily(hour: u8) -> Value {
+    json!({ "type": "day.began", "source": "/s", "cron": format!("0 {hour} * * *"), "data": { "n": 1 } })
+}
+
+/// Every operation that is no `GET`, tried so that it succeeds.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_change_leaves_one_record() {
+    let bus = Bus::start().await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let mut watch = Watch::new(pool.clone()).await;
+
+    let reply = bus.admin.post("/v1/admin/organizations", json!({ "name": "one" })).await.expect(201);
+    let id = reply.id().to_owned();
+    let record =
+        watch.left("createOrganization", &reply, Actor::Admin, ("organization.created", "organization", &id));
+    let record = record.await;
+    assert_eq!(record.organization_id.map(|id| id.to_string()), Some(id.clone()));
+    assert_eq!(record.after, Some(json!({ "id": id, "name": "one" })));
+
+    let tenant = bus.tenant("acme").await;
+    let (api, actor) = key(&bus, &tenant, EVERYTHING, None).await;
+    watch.fresh().await;
+    keys(&mut watch, &bus, &tenant, &api, actor).await;
+    let hook = connections(&mut watch, &api, actor).await;
+    let subscription = subscriptions(&mut watch, &api, actor, &hook).await;
+    schedules(&mut watch, &api, actor).await;
+    deliveries(&mut watch, &tenant, &api, actor, (&hook, &subscription)).await;
+
+    // Of a bound key the record names the connection, too.
+    let (bound, bound_actor) = key(&bus, &tenant, &["subscribe"], Some(&hook)).await;
+    watch.fresh().await;
+    let path = format!("/v1/connections/{hook}");
+    let reply = bound.patch(&path, json!({ "timeoutMs": 2_000 })).await.expect(200);
+    watch.left("changeConnection", &reply, bound_actor, ("connection.changed", "connection", &hook)).await;
+
+    // With what belongs to it; the key was revoked by this, too.
+    let reply = api.delete(&path).await.expect(204);
+    let record = watch.left("deleteConnection", &reply, actor, ("connection.deleted", "connection", &hook));
+    let record = record.await;
+    assert_eq!(
+        record.after,
+        Some(json!({ "subscriptionsDeleted": 2, "keysRevoked": 1, "schedulesCancelled": 0 }))
+    );
+    assert_eq!(record.before.unwrap()["name"], "hook");
+
+    let changing = operations().into_iter().filter(|(method, ..)| method != Method::GET);
+    let changing: BTreeSet<String> =
+        changing.map(|(.., operation)| operation["operationId"].as_str().unwrap().to_owned()).collect();
+    let tried: BTreeSet<String> = watch.tried.iter().map(ToString::to_string).collect();
+    assert_eq!(tried, changing, "what can change something is in this test");
+    pool.close().await;
+    bus.stop().await;
+}
+
+async fn keys(watch: &mut Watch, bus: &Bus, tenant: &Tenant, api: &Caller, actor: Actor) {
+    let new = json!({ "name": "ci", "scopes": ["read"], "expiresAt": "2999-01-01T00:00:00Z" });
+    for (caller, by) in [(&bus.admin, Actor::Admin), (api, actor)] {
+        let reply = caller.post(&tenant.keys(), new.clone()).await.expect(201);
+        let id = reply.id().to_owned();
+        let record = watch.left("createKey", &reply, by, ("key.created", "key", &id)).await;
+        let after = record.after.unwrap();
+        assert_eq!((&after["name"], &after["scopes"]), (&json!("ci"), &json!(["read"])));
+        let reply = caller.delete(&format!("{}/{id}", tenant.keys())).await.expect(204);
+        let record = watch.left("revokeKey", &reply, by, ("key.revoked", "key", &id)).await;
+        assert_eq!(record.before.unwrap()["revokedAt"], Value::Null);
+        assert!(record.after.unwrap()["revokedAt"].is_string());
+    }
+}
+
+/// Gives a webhook.
+async fn connections(watch: &mut Watch, api: &Caller, actor: Actor) -> String {
+    let new = json!({ "name": "hook", "kind": "webhook", "url": URL });
+    let reply = api.post("/v1/connections", new).await.expect(201);
+    let id = reply.id().to_owned();
+    watch.left("createConnection", &reply, actor, ("connection.created", "connection", &id)).await;
+    let reply = api.patch(&format!("/v1/connections/{id}"), json!({ "enabled": false })).await.expect(200);
+    let target = ("connection.changed", "connection", id.as_str());
+    let record = watch.left("changeConnection", &reply, actor, target).await;
+    assert_eq!(
+        (&record.before.unwrap()["enabled"], &record.after.unwrap()["enabled"]),
+        (&json!(true), &json!(false))
+    );
+    api.patch(&format!("/v1/connections/{id}"), json!({ "enabled": true })).await.is(200);
+    watch.fresh().await;
+    id
+}
+
+/// Gives a subscription to `t`.
+async fn subscriptions(watch: &mut Watch, api: &Caller, actor: Actor, hook: &str) -> String {
+    let new = json!({ "connectionId": hook, "eventType": "gone" });
+    let reply = api.post("/v1/subscriptions", new).await.expect(201);
+    let id = reply.id().to_owned();
+    let target = ("subscription.created", "subscription", id.as_str());
+    watch.left("createSubscription", &reply, actor, target).await;
+    let path = format!("/v1/subscriptions/{id}");
+    let reply = api.patch(&path, json!({ "filter": "$.a" })).await.expect(200);
+    let target = ("subscription.changed", "subscription", id.as_str());
+    watch.left("changeSubscription", &reply, actor, target).await;
+    let reply = api.delete(&path).await.expect(204);
+    let target = ("subscription.deleted", "subscription", id.as_str());
+    let record = watch.left("deleteSubscription", &reply, actor, target).await;
+    assert_eq!(record.before.unwrap()["filter"], "$.a");
+
+    let set = json!({ "subscriptions": [{ "eventType": "t" }, { "eventType": "u" }] });
+    let reply = api.put(&format!("/v1/connections/{hook}/subscriptions"), set).await.expect(200);
+    let target = ("subscriptions.replaced", "connection", hook);
+    let record = watch.left("syncSubscriptions", &reply, actor, target).await;
+    assert_eq!(record.after, Some(json!({ "created": 2, "updated": 0, "deleted": 0, "unchanged": 0 })));
+
+    api.post("/v1/subscriptions/explain", json!({ "event": { "type": "t", "data": 1 } })).await.is(200);
+    watch.left_nothing("explainSubscriptions", "it changes nothing").await;
+    reply.body["items"][0]["id"].as_str().unwrap().to_owned()
+}
+
+async fn schedules(watch: &mut Watch, api: &Caller, actor: Actor) {
+    let reply = api.post("/v1/events", daily(3)).await.expect(201);
+    let id = reply.id().to_owned();
+    let target = ("schedule.created", "schedule", id.as_str());
+    let record = watch.left("publishEvents", &reply, actor, target).await;
+    assert_eq!(record.after.unwrap()["cron"], "0 3 * * *");
+
+    let mut other = daily(3);
+    other["data"] = json!({ "n": 2 });
+    let reply = api.put("/v1/events", other.clone()).await.expect(200);
+    let target = ("schedule.changed", "schedule", id.as_str());
+    let record = watch.left("putSchedule", &reply, actor, target).await;
+    assert_eq!(record.after.unwrap()["alsoChanged"], json!(["/event"]), "the payload itself is not shown");
+    other["overlap"] = "skip".into();
+    let reply = api.put("/v1/events", other).await.expect(200);
+    let record = watch.left("putSchedule", &reply, actor, target).await;
+    let after = record.after.unwrap();
+    assert_eq!((&after["overlap"], after.get("alsoChanged")), (&json!("skip"), None));
+
+    for (operation, verb, action, before, after) in [
+        ("pauseSchedule", "pause", "schedule.paused", "active", "paused"),
+        ("resumeSchedule", "resume", "schedule.resumed", "paused", "active"),
+        ("cancelSchedule", "cancel", "schedule.cancelled", "active", "cancelled"),
+    ] {
+        if verb == "cancel" {
+            let reply = api.bare(&format!("/v1/schedules/{id}/trigger")).await.expect(202);
+            let target = ("schedule.triggered", "schedule", id.as_str());
+            let record = watch.left("triggerSchedule", &reply, actor, target).await;
+            assert_eq!(record.after, Some(json!({ "eventUid": reply.text("/uid") })));
+        }
+        let reply = api.bare(&format!("/v1/schedules/{id}/{verb}")).await.expect(200);
+        let record = watch.left(operation, &reply, actor, (action, "schedule", &id)).await;
+        assert_eq!(record.before, Some(json!({ "state": before })));
+        assert_eq!(record.after, Some(json!({ "state": after })));
+    }
+    // The general cancellation takes schedules, too.
+    let id = api.post("/v1/events", daily(4)).await.expect(201).id().to_owned();
+    watch.fresh().await;
+    let reply = api.bare(&format!("/v1/events/{id}/cancel")).await.expect(200);
+    watch.left("cancelEvent", &reply, actor, ("schedule.cancelled", "schedule", &id)).await;
+}
+
+async fn deliveries(
+    watch: &mut Watch,
+    tenant: &Tenant,
+    api: &Caller,
+    actor: Actor,
+    (hook, subscription): (&str, &str),
+) {
+    let pool = watch.pool.clone();
+    let publish = async || {
+        let event = json!({ "type": "t", "data": { "a": 1 } });
+        api.post("/v1/events", event).await.expect(202).text("/uid").to_owned()
+    };
+    let event = publish().await;
+    watch.left_nothing("publishEvents", "published events are their own history").await;
+    let reply = api.bare(&format!("/v1/events/{event}/cancel")).await.expect(200);
+    let record = watch.left("cancelEvent", &reply, actor, ("event.cancelled", "event", &event)).await;
+    assert_eq!(record.after, Some(json!({ "deliveriesCancelled": 1 })));
+
+    let soon = json!({ "type": "t", "deliverAt": ahead(&pool, 3_600).await });
+    let waiting = api.post("/v1/events", soon).await.expect(202).text("/uid").to_owned();
+    watch.left_nothing("publishEvents", "events that are due later are listed until then").await;
+    let reply = api.bare(&format!("/v1/events/{waiting}/cancel")).await.expect(200);
+    watch.left("cancelEvent", &reply, actor, ("event.cancelled", "event", &waiting)).await;
+
+    let acked = publish().await;
+    api.post(&format!("/v1/events/{acked}/ack"), json!({ "connectionId": hook })).await.is(200);
+    watch.left_nothing("ackEvent", "what becomes of deliveries is their own history").await;
+
+    for (operation, method, verb, status, action) in [
+        ("replayDeadLetter", Method::POST, "/replay", 202, "dead_letter.replayed"),
+        ("discardDeadLetter", Method::DELETE, "", 204, "dead_letter.discarded"),
+    ] {
+        let dead = Published::new(tenant, &publish().await, subscription, hook);
+        dead.bury(&pool, 20, "attempts_exhausted").await;
+        let reply = api.send(method, &format!("/v1/dead-letters/{}{verb}", dead.id()), None).await;
+        let reply = reply.expect(status);
+        watch.left(operation, &reply, actor, (action, "dead_letter", &dead.id())).await;
+    }
+
+    let replayed = publish().await;
+    let since = json!({ "since": "2020-01-01T00:00:00Z" });
+    let letters = json!({ "filter": { "connectionId": hook }, "perSecond": 5 });
+    let mut job = String::new();
+    for (operation, path, body, kind) in [
+        ("replayEvent", format!("/v1/events/{replayed}/replay"), json!({}), "event"),
+        ("replaySubscription", format!("/v1/subscriptions/{subscription}/replay"), since, "subscription"),
+        ("replayDeadLetters", "/v1/dead-letters/replay".into(), letters.clone(), "deadLetters"),
+        ("discardDeadLetters", "/v1/dead-letters/discard".into(), letters, "discard"),
+    ] {
+        let reply = api.post(&path, body).await.expect(202);
+        reply.id().clone_into(&mut job);
+        let record = watch.left(operation, &reply, actor, ("replay.created", "replay", &job)).await;
+        let selection = record.after.unwrap();
+        assert_eq!(selection["kind"], kind);
+        if operation == "discardDeadLetters" {
+            assert_eq!(selection["filter"]["connectionId"], hook);
+        }
+    }
+    let reply = api.bare(&format!("/v1/replays/{job}/cancel")).await.expect(200);
+    watch.left("cancelReplay", &reply, actor, ("replay.cancelled", "replay", &job)).await;
+}
+
+/// What the API shows of a thing, without what a record leaves out.
+fn shown(reply: &Reply) -> Value {
+    let mut body = reply.body.clone();
+    for member in ["createdAt", "updatedAt", "secret"] {
+        body.as_object_mut().unwrap().remove(member);
+    }
+    body
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_has_the_thing_before_and_after_as_the_api_shows_it() {
+    let bus = Bus::start().await;
+    let tenant = bus.tenant("acme").await;
+    let (admin, _) = key(&bus, &tenant, EVERYTHING, None).await;
+    let change = async |path: &str, patch: Value| {
+        let before = shown(&admin.get(path).await.expect(200));
+        let after = shown(&admin.patch(path, patch).await.expect(200));
+        let id = path.rsplit('/').next().unwrap();
+        let list = admin.get(&format!("/v1/audit?targetId={id}&limit=1")).await.expect(200);
+        let record = list.body["items"][0].clone();
+        assert_eq!(record["before"], before);
+        (after, record["after"].clone())
+    };
+
+    let publisher = tenant.publisher("shop").await;
+    let hook = tenant.webhook("hook").await;
+    let path = format!("/v1/connections/{hook}");
+    let all = json!({
+        "name": "renamed", "url": "https://other.example/hook", "timeoutMs": 1_000, "contentMode": "binary",
+        "headers": { "x-plain": "seen", "x-token": "unseen" }, "finalStatuses": [451], "enabled": false,
+    });
+    let (shown, after) = change(&path, all).await;
+    assert_eq!(after, shown);
+    assert_eq!(after["headers"], json!({ "x-plain": "seen", "x-token": "***" }));
+
+    // What is hidden is named where it changes, and nothing else is.
+    let hidden = json!({ "headers": { "x-token": "new", "x-plain": "new" }, "secret": null });
+    let (_, after) = change(&path, hidden).await;
+    assert_eq!(after["alsoChanged"], json!(["/secret", "/headers/x-token"]));
+    assert!(after["previousSecretUntil"].is_string());
+    assert_eq!(after["headers"], json!({ "x-plain": "new", "x-token": "***" }));
+    admin.patch(&path, json!({ "url": "https://other.example/hook?token=a" })).await.is(200);
+    let new_token = json!({ "url": "https://other.example/hook?token=b" });
+    admin.patch(&path, new_token).await.is(200);
+    let list = admin.get(&format!("/v1/audit?targetId={hook}&limit=1")).await.expect(200);
+    let after = &list.body["items"][0]["after"];
+    assert_eq!(after["url"], "https://other.example/hook?***");
+    assert_eq!(after["alsoChanged"], json!(["/url"]));
+
+    let subscription = tenant.subscription(&hook, "a.*").await;
+    let all = json!({
+        "eventType": "b.>", "publisher": publisher, "filter": "$.a", "enabled": false,
+        "retryPolicy": { "delaysMs": [200] }, "batch": { "maxEvents": 5, "maxWaitMs": 10 },
+    });
+    let (shown, after) = change(&format!("/v1/subscriptions/{subscription}"), all).await;
+    assert_eq!(after, shown);
+    bus.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_record_holds_a_secret() {
+    let bus = Bus::start().await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let tenant = bus.tenant("acme").await;
+    let mut secrets = vec![bus.stack.admin_token().to_owned()];
+    let created =
+        bus.admin.post(&tenant.keys(), json!({ "name": "ci", "scopes": EVERYTHING })).await.expect(201);
+    let key = created.text("/key").to_owned();
+    let api = Caller(bus.admin.0.with_token(&key));
+    secrets.push(key);
+    let hash: String = sqlx::query_scalar("SELECT encode(hash, 'hex') FROM api_keys WHERE id = $1::uuid")
+        .bind(created.id())
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+    secrets.push(hash);
+
+    let own = "whsec_c2l4dGVlbiBieXRlcyBhbmQgYSBmZXcgbW9yZQ==";
+    let new = json!({
+        "name": "hook", "kind": "webhook", "url": format!("{URL}?apikey=in-the-query"), "secret": own,
+        "headers": { "authorization": "Bearer in-a-header", "x-api-key": "in-another" },
+    });
+    let reply = api.post("/v1/connections", new).await.expect(201);
+    let path = format!("/v1/connections/{}", reply.id());
+    secrets.push(own.to_owned());
+    let rotated = api.patch(&path, json!({ "secret": null })).await.expect(200);
+    secrets.push(rotated.text("/secret").to_owned());
+    let patch = json!({ "headers": { "authorization": "Basic in-a-later-one" }, "url": format!("{URL}?in-a-later-query") });
+    api.patch(&path, patch).await.is(200);
+    let mut event = daily(3);
+    event["data"] = "in-the-payload".into();
+    let schedule = api.post("/v1/events", event.clone()).await.expect(201).id().to_owned();
+    event["data"] = "in-a-later-payload".into();
+    api.put("/v1/events", event).await.is(200);
+    api.bare(&format!("/v1/schedules/{schedule}/trigger")).await.is(202);
+    let uid = api.post("/v1/events", json!({ "type": "t", "data": "in-an-event" })).await.expect(202);
+    api.bare(&format!("/v1/events/{}/replay", uid.text("/uid"))).await.is(202);
+    api.delete(&path).await.is(204);
+    bus.admin.delete(&format!("{}/{}", tenant.keys(), created.id())).await.is(204);
+
+    let hidden = ["in-the-query", "in-a-header", "in-another", "in-a-later", "in-the-payload", "in-an-event"];
+    secrets.extend(hidden.map(str::to_owned));
+    let rows: Vec<String> =
+        sqlx::query_scalar("SELECT t::text FROM audit_records t").fetch_all(&pool).await.unwrap();
+    assert!(rows.len() >= 11, "{rows:#?}");
+    assert!(rows.iter().any(|row| row.contains("x-api-key")), "what is not secret is there: {rows:#?}");
+    for secret in secrets {
+        let bare = secret.strip_prefix("whsec_").or_else(|| secret.strip_prefix("ebk_")).unwrap_or(&secret);
+        for row in &rows {
+            assert!(!row.contains(bare), "{secret} in {row}");
+        }
+    }
+    pool.close().await;
+    bus.stop().await;
+}
+
+/// What is refused, and what changes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_nothing_leaves_no_record() {
+    let bus = Bus::start().await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let tenant = bus.tenant("acme").await;
+    let api = &tenant.api;
+    let (hook, _) = (tenant.webhook("hook").await, tenant.publisher("shop").await);
+    let subscription = tenant.subscription(&hook, "t").await;
+    let schedule = api.post("/v1/events", daily(3)).await.expect(201).id().to_owned();
+    let event = api.post("/v1/events", json!({ "type": "t" })).await.expect(202).text("/uid").to_owned();
+    let cancel = format!("/v1/events/{event}/cancel");
+    api.bare(&cancel).await.is(200);
+    api.bare(&format!("/v1/schedules/{schedule}/pause")).await.is(200);
+    let soon = json!({ "type": "t", "deliverAt": ahead(&pool, 3_600).await });
+    let waiting = api.post("/v1/events", soon).await.expect(202).text("/uid").to_owned();
+    let cancel_waiting = format!("/v1/events/{waiting}/cancel");
+    api.bare(&cancel_waiting).await.is(200);
+    let job = async || {
+        let request =
+            api.0.request(Method::POST, "/v1/dead-letters/replay").header("idempotency-key", "\"k\"");
+        let request = request.json(&json!({ "filter": {} }));
+        api.raw(Method::POST, "/v1/dead-letters/replay", request).await.expect(202).id().to_owned()
+    };
+    let replay = job().await;
+    api.bare(&format!("/v1/replays/{replay}/cancel")).await.is(200);
+    let revoked =
+        bus.admin.post(&tenant.keys(), json!({ "name": "x", "scopes": ["read"] })).await.expect(201);
+    let revoked = format!("{}/{}", tenant.keys(), revoked.id());
+    bus.admin.delete(&revoked).await.is(204);
+    let mut watch = Watch::new(pool.clone()).await;
+
+    // Refused.
+    let (connection, of_hook) = ("/v1/connections", format!("/v1/connections/{hook}"));
+    let taken = json!({ "name": "shop", "kind": "publisher" });
+    problem(&api.post(connection, taken).await, 409, "name-taken");
+    problem(&api.patch(&of_hook, json!({ "name": "shop" })).await, 409, "name-taken");
+    assert_eq!(pointers(&api.patch(&of_hook, json!({ "timeoutMs": 1 })).await), ["/timeoutMs"]);
+    let organization = json!({ "name": "acme" });
+    problem(&bus.admin.post("/v1/admin/organizations", organization).await, 409, "name-taken");
+    problem(&api.post(&tenant.keys(), json!({ "name": "x", "scopes": ["read"] })).await, 403, "forbidden");
+    problem(&api.delete(&format!("/v1/dead-letters/{hook}")).await, 404, "not-found");
+    problem(&api.delete(&format!("/v1/subscriptions/{hook}")).await, 404, "not-found");
+    problem(&api.delete(&format!("/v1/connections/{subscription}")).await, 404, "not-found");
+    let past = json!({ "type": "x", "cron": "0 0 * * *", "endsAt": "2020-01-01T00:00:00Z" });
+    assert_eq!(pointers(&api.post("/v1/events", past).await), ["/endsAt"]);
+    watch.nothing_happened("what was refused").await;
+
+    // As it is already.
+    api.patch(&of_hook, json!({ "enabled": true, "name": "hook" })).await.is(200);
+    api.patch(&format!("/v1/subscriptions/{subscription}"), json!({ "enabled": true })).await.is(200);
+    api.post("/v1/subscriptions", json!({ "connectionId": hook, "eventType": "t" })).await.is(200);
+    let same = json!({ "subscriptions": [{ "eventType": "t" }] });
+    api.put(&format!("/v1/connections/{hook}/subscriptions"), same).await.is(200);
+    api.post("/v1/events", daily(3)).await.is(200);
+    api.put("/v1/events", daily(3)).await.is(200);
+    api.bare(&format!("/v1/schedules/{schedule}/pause")).await.is(200);
+    api.bare(&cancel).await.is(200);
+    api.bare(&cancel_waiting).await.is(200);
+    assert_eq!(job().await, replay);
+    api.bare(&format!("/v1/replays/{replay}/cancel")).await.is(200);
+    bus.admin.delete(&revoked).await.is(204);
+    watch.nothing_happened("what was so before").await;
+    pool.close().await;
+    bus.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_and_its_record_are_one_transaction() {
+    let bus = Bus::start().await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let tenant = bus.tenant("acme").await;
+    let hook = tenant.webhook("hook").await;
+    let path = format!("/v1/connections/{hook}");
+    let mut watch = Watch::new(pool.clone()).await;
+
+    // The change fails at its commit, when its record is written.
+    for statement in [
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$",
+        "CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON connections DEFERRABLE INITIALLY DEFERRED
+         FOR EACH ROW EXECUTE FUNCTION refuse()",
+    ] {
+        sqlx::query(statement).execute(&pool).await.unwrap();
+    }
+    problem(&tenant.api.patch(&path, json!({ "enabled": false })).await, 500, "internal");
+    problem(&tenant.api.delete(&path).await, 500, "internal");
+    watch.nothing_happened("a change that was rolled back").await;
+    sqlx::query("DROP TRIGGER refuse ON connections").execute(&pool).await.unwrap();
+
+    // The record cannot be written.
+    sqlx::query("REVOKE INSERT ON audit_records FROM bus_publisher").execute(&pool).await.unwrap();
+    let new = json!({ "name": "other", "kind": "publisher" });
+    problem(&tenant.api.post("/v1/connections", new).await, 500, "internal");
+    problem(&tenant.api.patch(&path, json!({ "enabled": false })).await, 500, "internal");
+    problem(&tenant.api.delete(&path).await, 500, "internal");
+    problem(&tenant.api.post("/v1/events", daily(3)).await, 500, "internal");
+    problem(&bus.admin.post("/v1/admin/organizations", json!({ "name": "other" })).await, 500, "internal");
+    let listed = tenant.api.all("/v1/connections", 50).await;
+    assert_eq!(listed.len(), 1, "{listed:#?}");
+    assert_eq!(listed[0]["enabled"], true);
+    assert_eq!(tenant.api.all("/v1/schedules", 50).await.len(), 0);
+    assert_eq!(bus.admin.all("/v1/admin/organizations", 50).await.len(), 1);
+    watch.nothing_happened("changes without a record").await;
+    // Publishing needs none.
+    tenant.api.post("/v1/events", json!({ "type": "t" })).await.is(202);
+
+    sqlx::query("GRANT INSERT ON audit_records TO bus_publisher").execute(&pool).await.unwrap();
+    let reply = tenant.api.patch(&path, json!({ "enabled": false })).await.expect(200);
+    assert_eq!(reply.body["enabled"], false);
+    assert_eq!(watch.fresh().await.len(), 1);
+    pool.close().await;
+    bus.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_bus_does_by_itself_is_recorded() {
+    let bus = Bus::start().await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let tenant = bus.tenant("acme").await;
+    let hook = tenant.webhook("hook").await;
+    let mut watch = Watch::new(pool.clone()).await;
+    let (organization, id) = (tenant.id.parse().unwrap(), hook.parse().unwrap());
+    assert!(!pg::disable_connection(&pool, organization, id, 7, "answered 410").await.unwrap());
+    watch.nothing_happened("another version").await;
+    let before = pg::transaction_time(&mut pool.acquire().await.unwrap()).await.unwrap();
+    assert!(pg::disable_connection(&pool, organization, id, 1, "answered 410").await.unwrap());
+    assert!(!pg::disable_connection(&pool, organization, id, 1, "answered 410").await.unwrap());
+    let fresh = watch.fresh().await;
+    let [record] = fresh.as_slice() else { panic!("{fresh:#?}") };
+    assert_eq!((record.actor, record.action.as_str()), (Actor::System, "connection.disabled"));
+    assert_eq!((record.target.kind.as_str(), &record.target.id), ("connection", &hook));
+    assert_eq!(record.organization_id, Some(organization));
+    assert_eq!(record.after, Some(json!({ "enabled": false, "disabledReason": "answered 410" })));
+    // Its id is a UUIDv7 of its time, like those that processes make.
+    assert_eq!((record.id.0.get_version_num(), record.id.0.get_variant()), (7, uuid::Variant::RFC4122));
+    assert!(record.at >= before);
+    let millis = record.id.0.as_u128() >> 80;
+    assert_eq!(millis, u128::try_from(record.at.as_millisecond()).unwrap());
+    pool.close().await;
+    bus.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reading_payloads_is_recorded_where_the_configuration_says_so() {
+    let bus =
+        Bus::start_with(|options| options.role_env(Role::Publisher, "EVENT_BUS_AUDIT__PAYLOAD_ACCESS", true))
+            .await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let tenant = bus.tenant("acme").await;
+    let (api, actor) = key(&bus, &tenant, EVERYTHING, None).await;
+    let publish =
+        async |event: Value| api.post("/v1/events", event).await.expect(202).text("/uid").to_owned();
+    let event = publish(json!({ "type": "t", "data": 1 })).await;
+    let other = publish(json!({ "type": "t", "data": 2 })).await;
+    let waiting = publish(json!({ "type": "t", "deliverAt": ahead(&pool, 3_600).await })).await;
+    let schedule = api.post("/v1/events", daily(3)).await.expect(201).id().to_owned();
+    let mut watch = Watch::new(pool.clone()).await;
+
+    for (path, kind, id, events) in [
+        (format!("/v1/events/{event}"), "event", &event, None),
+        (format!("/v1/events/{waiting}"), "event", &waiting, None),
+        (format!("/v1/schedules/{schedule}"), "schedule", &schedule, None),
+        ("/v1/events?include=event".into(), "organization", &tenant.id, Some(vec![&other, &event])),
+        (
+            "/v1/events?status=scheduled&include=event".into(),
+            "organization",
+            &tenant.id,
+            Some(vec![&waiting]),
+        ),
+    ] {
+        let reply = api.get(&path).await.expect(200);
+        let record = watch.left("a read", &reply, actor, ("payload.read", kind, id)).await;
+        assert_eq!(record.after, events.map(|events| json!({ "events": events })), "{path}");
+    }
+    // Answers to changes show a schedule's event, too.
+    for (verb, expected) in
+        [("pause", &["payload.read", "schedule.paused"][..]), ("pause", &["payload.read"][..])]
+    {
+        api.bare(&format!("/v1/schedules/{schedule}/{verb}")).await.is(200);
+        let fresh = watch.fresh().await;
+        assert_eq!(fresh.iter().map(|record| record.action.as_str()).collect::<Vec<_>>(), expected);
+    }
+    api.post("/v1/events", daily(3)).await.is(200);
+    assert_eq!(watch.fresh().await.len(), 1, "it is shown as it was there");
+    // Nothing of what events say.
+    for path in
+        ["/v1/events", "/v1/events?include=event&type=none", "/v1/schedules", "/v1/dead-letters", "/v1/audit"]
+    {
+        api.get(path).await.is(200);
+    }
+    problem(&api.get("/v1/events/none").await, 404, "not-found");
+    watch.nothing_happened("reading what is no payload").await;
+
+    // Without a record nobody reads.
+    sqlx::query("REVOKE INSERT ON audit_records FROM bus_publisher").execute(&pool).await.unwrap();
+    for path in
+        [&*format!("/v1/events/{event}"), "/v1/events?include=event", &*format!("/v1/schedules/{schedule}")]
+    {
+        problem(&api.get(path).await, 503, "unavailable");
+    }
+    problem(&api.bare(&format!("/v1/schedules/{schedule}/pause")).await, 503, "unavailable");
+    api.get("/v1/events").await.is(200);
+    pool.close().await;
+    bus.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reading_payloads_is_not_recorded_otherwise() {
+    let bus = Bus::start().await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let tenant = bus.tenant("acme").await;
+    let event =
+        tenant.api.post("/v1/events", json!({ "type": "t" })).await.expect(202).text("/uid").to_owned();
+    let mut watch = Watch::new(pool.clone()).await;
+    tenant.api.get(&format!("/v1/events/{event}")).await.is(200);
+    tenant.api.get("/v1/events?include=event").await.is(200);
+    watch.nothing_happened("reads").await;
+    pool.close().await;
+    bus.stop().await;
+}
+
+fn ids(items: &[Value]) -> Vec<&str> {
+    items.iter().map(|item| item["id"].as_str().unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_are_listed_newest_first_and_by_what_is_asked_for() {
+    let bus = Bus::start().await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let tenant = bus.tenant("acme").await;
+    let (admin, actor) = key(&bus, &tenant, EVERYTHING, None).await;
+    let Actor::Key { key_id, .. } = actor else { unreachable!("it is a key's") };
+    let hook = tenant.webhook("hook").await;
+    let path = format!("/v1/connections/{hook}");
+    for timeout in 1..=5 {
+        admin.patch(&path, json!({ "timeoutMs": timeout * 1_000 })).await.is(200);
+    }
+    let subscription = tenant.subscription(&hook, "t").await;
+
+    let all = admin.all("/v1/audit", 200).await;
+    let actions: Vec<&str> = all.iter().map(|item| item["action"].as_str().unwrap()).collect();
+    let mut expected = vec!["subscription.created"];
+    expected.extend(["connection.changed"; 5]);
+    expected.extend(["connection.created", "key.created", "key.created", "organization.created"]);
+    assert_eq!(actions, expected);
+    for limit in [1, 3, 10] {
+        assert_eq!(admin.all("/v1/audit", limit).await, all);
+    }
+    // A record is given whole, and by the name of whoever made it.
+    assert_eq!(all[1]["actor"], json!({ "kind": "key", "keyId": key_id, "connectionId": null }));
+    assert_eq!(all[1]["target"], json!({ "kind": "connection", "id": hook }));
+    assert_eq!(all[1]["organizationId"], tenant.id);
+    assert_eq!(all[9]["actor"], json!({ "kind": "admin" }));
+
+    let at = |index: usize| all[index]["at"].as_str().unwrap();
+    for (query, expected) in [
+        (format!("targetKind=connection&targetId={hook}"), &all[1..7]),
+        (format!("targetId={subscription}"), &all[..1]),
+        ("targetKind=key".into(), &all[7..9]),
+        ("action=connection.changed".into(), &all[1..6]),
+        (format!("keyId={key_id}"), &all[1..6]),
+        (format!("keyId={key_id}&action=connection.created"), &[]),
+        (format!("since={}", at(3)), &all[..4]),
+        (format!("until={}", at(3)), &all[4..]),
+        (format!("since={}&until={}&action=connection.changed", at(5), at(2)), &all[3..6]),
+        (format!("organizationId={}", tenant.id), &all[..]),
+        ("targetId=%00".into(), &[]),
+    ] {
+        for limit in [1, 200] {
+            let found = admin.all(&format!("/v1/audit?{query}"), limit).await;
+            assert_eq!(ids(&found), ids(expected), "{query}");
+        }
+    }
+    for (query, parameter) in [
+        ("action=connection.broken", "action"),
+        ("targetKind=thing", "targetKind"),
+        ("keyId=me", "keyId"),
+        ("since=today", "since"),
+        ("limit=0", "limit"),
+        ("colour=red", "colour"),
+    ] {
+        let refused = problem(&admin.get(&format!("/v1/audit?{query}")).await, 422, "invalid-fields");
+        assert_eq!(refused["errors"][0]["parameter"], parameter);
+    }
+    pool.close().await;
+    bus.stop().await;
+}
+
+/// A list that is searched ends after a bounded number of records, and says where it goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn i10_a_search_looks_at_a_bounded_number_of_records() {
+    let bus = Bus::start().await;
+    let pool = bus.stack.owner_pool().await.unwrap();
+    let tenant = bus.tenant("acme").await;
+    let (admin, _) = key(&bus, &tenant, EVERYTHING, None).await;
+    sqlx::query(
+        "INSERT INTO audit_records (id, organization_id, actor, action, target_kind, target_id)
+         SELECT (lpad(to_hex(floor(extract(epoch FROM now()) * 1000)::bigint + 1000), 12, '0') || '70008000'
+                 || lpad(to_hex(n), 12, '0'))::uuid, $1::uuid, 'system', 'connection.disabled', 'connection', n::text
+         FROM generate_series(1, $2) AS n",
+    )
+    .bind(&tenant.id)
+    .bind(i32::try_from(pg::audit::AUDIT_SCAN).unwrap() + 5)
+    .execute(&pool)
+    .await
+    .unwrap();
+    let first = admin.get("/v1/audit?action=key.created").await.expect(200);
+    assert_eq!(first.body["items"], json!([]));
+    assert!(first.body["nextCursor"].is_string(), "there is more to look at");
+    assert_eq!(admin.all("/v1/audit?action=key.created", 50).await.len(), 2);
+    let named = admin.get("/v1/audit?targetKind=connection&targetId=1").await.expect(200);
+    assert_eq!((named.body["items"].as_array().unwrap().len(), named.body.get("nextCursor")), (1, None));
+    pool.close().await;
+    bus.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn i3_each_sees_the_records_of_its_own_organization() {
+    let bus = Bus::start().await;
+    let (tenant, other) = (bus.tenant("acme").await, bus.tenant("other").await);
+    let hook = tenant.webhook("hook").await;
+    let (admin, _) = key(&bus, &tenant, EVERYTHING, None).await;
+    let (stranger, _) = key(&bus, &other, EVERYTHING, None).await;
+    let (bound, _) = key(&bus, &tenant, &["subscribe", "publish", "read"], Some(&hook)).await;
+
+    let own = admin.all("/v1/audit", 50).await;
+    assert_eq!(own.len(), 5);
+    assert!(own.iter().all(|record| record["organizationId"] == tenant.id));
+    let theirs = stranger.all("/v1/audit", 50).await;
+    assert!(!theirs.is_empty() && theirs.iter().all(|record| record["organizationId"] == other.id));
+    for query in [format!("targetId={hook}"), format!("organizationId={}", tenant.id)] {
+        let found = stranger.get(&format!("/v1/audit?{query}")).await.expect(200);
+        assert_eq!(found.body, json!({ "items": [] }));
+    }
+    for caller in [&bound, &tenant.api] {
+        problem(&caller.get("/v1/audit").await, 403, "forbidden");
+    }
+
+    // The administrator sees all, those of organizations' keys included; a key does not.
+    let everyone = bus.admin.all("/v1/admin/audit", 3).await;
+    assert_eq!(everyone.len(), own.len() + theirs.len());
+    let of_one = bus.admin.all(&format!("/v1/admin/audit?organizationId={}", tenant.id), 50).await;
+    assert_eq!(of_one, own);
+    problem(&admin.get("/v1/admin/audit").await, 403, "forbidden");
+    problem(&bus.admin.get("/v1/audit").await, 403, "forbidden");
+    bus.stop().await;
+}
