@@ -6,7 +6,7 @@ use bus_core::{queue::DeliveryQueue, receipt::Receipt, telemetry::Chain};
 use metrics::counter;
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::warn;
+use tracing::{info, warn};
 
 /// Receipts of one message or statement.
 const BATCH: usize = 500;
@@ -56,14 +56,42 @@ async fn forward(
                 batch.push(receipt);
             }
         }
-        // A batch that cannot be sent holds the channel up until it fills, and then the gap is counted.
-        while let Err(failed) = queue.receipts(&batch).await {
-            warn!(error = %Chain(&failed), receipts = batch.len(), "Receipts not sent yet");
-            if stop.run_until_cancelled(tokio::time::sleep(AGAIN)).await.is_none() {
-                counter!("bus_receipts_lost").increment(batch.len() as u64);
-                break;
+        if !send(queue.as_ref(), &batch, &stop).await {
+            // What comes after it would wait as long, and whoever stops must not.
+            receipts.close();
+            let mut left = batch.len() as u64;
+            while receipts.try_recv().is_ok() {
+                left += 1;
             }
+            counter!("bus_receipts_lost").increment(left);
+            return;
         }
         batch.clear();
     }
 }
+
+/// Sends a batch, as often as it takes. One that cannot be sent, because the broker is away or the stream is full,
+/// holds the channel up until that fills, and then the gap is counted. `false` if it could not be sent before the
+/// process stops.
+async fn send(queue: &dyn DeliveryQueue, batch: &[Receipt], stop: &CancellationToken) -> bool {
+    let mut said: Option<String> = None;
+    while let Err(failed) = queue.receipts(batch).await {
+        // Once per cause: a stream may be full for days.
+        let cause = Chain(&failed).to_string();
+        if said.as_ref() != Some(&cause) {
+            warn!(error = cause, "Receipts are not taken; deliveries go on without them");
+            said = Some(cause);
+        }
+        if stop.run_until_cancelled(tokio::time::sleep(AGAIN)).await.is_none() {
+            return false;
+        }
+    }
+    if said.is_some() {
+        info!("Receipts are taken again");
+    }
+    true
+}
+
+#[cfg(test)]
+#[path = "receipts_tests.rs"]
+mod tests;

@@ -117,6 +117,9 @@ impl World {
                         ("DATABASE_URL", database.url().to_owned()),
                         ("NATS_URL", servers.nats_url().to_owned()),
                         ("EVENT_BUS_PREFIX", prefix),
+                        // The server sets this much aside for each test.
+                        ("EVENT_BUS_STREAMS__DELIVER__MAX_BYTES", "268435456".to_owned()),
+                        ("EVENT_BUS_STREAMS__AUDIT__MAX_BYTES", "67108864".to_owned()),
                         ("EVENT_BUS_NATS__ACK_WAIT_MS", LEASE.as_millis().to_string()),
                         ("EVENT_BUS_NATS__MAX_ACK_PENDING", "1000".to_owned()),
                     ]
