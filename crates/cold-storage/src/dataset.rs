@@ -359,7 +359,7 @@ mod tests {
             if let Some(name) = dataset.event {
                 assert_eq!(kind(name), Kind::Uuid, "{}", dataset.domain);
             }
-            for erasure in dataset.erasure {
+            if let Some(erasure) = dataset.erasure {
                 assert_eq!(kind(erasure.marked), Kind::Timestamp);
                 for name in erasure.payload.iter().chain([&erasure.marked]) {
                     let column = dataset.columns.iter().find(|column| column.name == *name).unwrap();

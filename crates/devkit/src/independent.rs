@@ -1,6 +1,7 @@
 //! What we do, done by implementations that share nothing with ours: the Python packages of
 //! `independent/requirements.txt`. `independent/check.py` reads requests by Standard Webhooks and CloudEvents,
-//! and `independent/ticks.py` finds the times of cron expressions; each describes its questions and answers.
+//! `independent/ticks.py` finds the times of cron expressions, and `independent/parquet.py`, with the package of
+//! `independent/parquet.txt`, reads Parquet; each describes its questions and answers.
 
 use std::{
     io::Write as _,
@@ -9,18 +10,19 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::{paths, python};
+use crate::python;
 
 const REQUIREMENTS: &str = include_str!("../independent/requirements.txt");
+const PARQUET: &str = include_str!("../independent/parquet.txt");
 
 /// The verdict on each request, in order.
 ///
 /// # Errors
 /// If the packages cannot be had or the reader fails.
 pub fn verdicts(requests: &[Value]) -> Result<Vec<Value>> {
-    ask("check.py", requests)
+    ask("check.py", &python::packages("independent", REQUIREMENTS)?, requests)
 }
 
 /// The times of each cron expression, in order.
@@ -28,13 +30,21 @@ pub fn verdicts(requests: &[Value]) -> Result<Vec<Value>> {
 /// # Errors
 /// If the packages cannot be had, or an expression is refused.
 pub fn ticks(questions: &[Value]) -> Result<Vec<Value>> {
-    ask("ticks.py", questions)
+    ask("ticks.py", &python::packages("independent", REQUIREMENTS)?, questions)
 }
 
-fn ask(script: &str, questions: &[Value]) -> Result<Vec<Value>> {
-    let tools = paths::target_dir().join("tools");
-    let packages = tools.join(format!("independent-{}", paths::short_hash(REQUIREMENTS.as_bytes())));
-    python::install(&tools, &packages, REQUIREMENTS, |_| Ok(()))?;
+/// The rows that DuckDB finds with each SQL query, as JSON objects; `read_parquet('…')` is a table.
+///
+/// # Errors
+/// If the package cannot be had, or a query is refused.
+pub fn parquet(queries: &[&str]) -> Result<Vec<Vec<Value>>> {
+    let questions: Vec<Value> = queries.iter().map(|sql| json!({ "sql": sql })).collect();
+    let answers = ask("parquet.py", &python::packages("parquet", PARQUET)?, &questions)?;
+    let rows = |mut answer: Value| serde_json::from_value(answer["rows"].take()).context("read rows");
+    answers.into_iter().map(rows).collect()
+}
+
+fn ask(script: &str, packages: &Path, questions: &[Value]) -> Result<Vec<Value>> {
     let mut python = Command::new("python3")
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("independent").join(script))
         .env("PYTHONPATH", packages)

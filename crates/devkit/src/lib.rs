@@ -13,6 +13,7 @@ pub mod process;
 pub mod processes;
 mod python;
 pub mod receiver;
+pub mod s3;
 pub mod servers;
 pub mod stack;
 mod wait;

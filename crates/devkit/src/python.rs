@@ -8,7 +8,21 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::paths::FileLock;
+use crate::paths::{self, FileLock};
+
+/// The folder with `requirements`, for `PYTHONPATH`: installed if need be. Compiled packages are made for one version
+/// of Python, so each has a folder of its own.
+///
+/// # Errors
+/// As [`install`].
+pub(crate) fn packages(name: &str, requirements: &str) -> Result<PathBuf> {
+    let version = Command::new("python3").arg("--version").output().context("run python3")?;
+    let identity = [requirements.as_bytes(), &version.stdout].concat();
+    let tools = paths::target_dir().join("tools");
+    let home = tools.join(format!("{name}-{}", paths::short_hash(&identity)));
+    install(&tools, &home, requirements, |_| Ok(()))?;
+    Ok(home)
+}
 
 /// Installs `requirements` into a fresh folder, which becomes `home` only when it is complete and `check`
 /// has accepted it: an interrupted run leaves nothing that looks installed. Nothing happens if `home` is
