@@ -63,28 +63,19 @@ pub async fn existing(nats: &Nats, now: Timestamp) -> Result<Vec<Existing>, Nats
 /// Carries a plan out, and looks whether the broker then has what is described. A plan with anything in it that
 /// must not be done is refused as a whole.
 pub async fn apply(nats: &Nats, plan: &Plan, loss: Loss, now: Timestamp) -> Result<(), StreamsError> {
-    let because = |wanted: fn(&Effect) -> Option<&String>| {
-        let all = plan.fields().filter_map(|(stream, field)| {
-            wanted(&field.effect).map(|because| format!("{stream}, {field} ({because})"))
-        });
-        let all: Vec<String> = all.collect();
-        (!all.is_empty()).then(|| all.join("; "))
-    };
-    let impossible = because(|effect| match effect {
-        Effect::Impossible(because) => Some(because),
-        _ => None,
-    });
-    let lossy = because(|effect| match effect {
-        Effect::LosesData(because) => Some(because),
-        _ => None,
-    });
-    if let Some(impossible) = impossible {
-        return Err(StreamsError::Impossible(impossible));
+    let (mut impossible, mut lossy) = (Vec::new(), Vec::new());
+    for (stream, field) in plan.fields() {
+        match &field.effect {
+            Effect::Harmless => {}
+            Effect::LosesData(because) => lossy.push(format!("{stream}, {field} ({because})")),
+            Effect::Impossible(because) => impossible.push(format!("{stream}, {field} ({because})")),
+        }
     }
-    if loss == Loss::Refused
-        && let Some(lossy) = lossy
-    {
-        return Err(StreamsError::LosesData(lossy));
+    if !impossible.is_empty() {
+        return Err(StreamsError::Impossible(impossible.join("; ")));
+    }
+    if loss == Loss::Refused && !lossy.is_empty() {
+        return Err(StreamsError::LosesData(lossy.join("; ")));
     }
     for change in &plan.changes {
         carry_out(nats, change).await?;
@@ -112,18 +103,15 @@ fn listed(fields: &[Field]) -> String {
 }
 
 async fn carry_out(nats: &Nats, change: &Change) -> Result<(), NatsError> {
-    let failed =
-        |operation| move |source| NatsError::Stream { operation, stream: change.stream.clone(), source };
-    match &change.kind {
+    let (operation, done) = match &change.kind {
         ChangeKind::Create { .. } => {
-            let created = nats.jetstream.create_stream(&change.config).await;
-            created.map(drop).map_err(|error| failed("create")(error.into()))
+            ("create", nats.jetstream.create_stream(&change.config).await.map(drop).map_err(Into::into))
         }
         ChangeKind::Update { .. } => {
-            let updated = nats.jetstream.update_stream(&change.config).await;
-            updated.map(drop).map_err(|error| failed("change")(error.into()))
+            ("change", nats.jetstream.update_stream(&change.config).await.map(drop).map_err(Into::into))
         }
-    }
+    };
+    done.map_err(|source| NatsError::Stream { operation, stream: change.stream.clone(), source })
 }
 
 /// What was said about the streams that are not as described.
