@@ -15,6 +15,7 @@ use bus_core::{
 use cold_storage::{ColdStorage, Config, Query, Value};
 use devkit::{
     processes::Role,
+    servers::connect_nats,
     stack::{Stack, StackOptions},
     wait_until,
 };
@@ -61,7 +62,7 @@ impl Scene {
         }
         let stack = Stack::start(options).await.unwrap();
         let pool = stack.owner_pool().await.unwrap();
-        let client = async_nats::connect(stack.nats_url().unwrap()).await.unwrap();
+        let client = connect_nats(&stack.nats_url().unwrap()).await.unwrap();
         let url = Url::from_directory_path(stack.cold_dir()).unwrap();
         let cold = ColdStorage::open(&Config::at(url)).unwrap();
         Self {
@@ -128,11 +129,13 @@ impl Scene {
     async fn die_at(&mut self, point: &str) {
         self.end_leases().await;
         let archiver = self.stack.process(Role::Archiver, 0);
+        let stops = |log: &str| log.matches("Stopped at a fault point").count();
+        let before = stops(&archiver.log_text().unwrap());
         archiver.set_env("BUS_FAULT_POINT", Some(point));
         archiver.respawn().unwrap();
         wait_until(point, DEADLINE, async || {
             let log = archiver.log_text().map_err(|error| error.to_string())?;
-            if log.contains("Stopped at a fault point") { Ok(()) } else { Err(log) }
+            if stops(&log) > before { Ok(()) } else { Err(log) }
         })
         .await;
         archiver.sigkill().await.unwrap();
@@ -148,7 +151,7 @@ impl Scene {
         wait_until("the stream is empty", DEADLINE, async || {
             let mut stream = self.jetstream.get_stream(&name).await.map_err(|error| error.to_string())?;
             let state = &stream.info().await.map_err(|error| error.to_string())?.state;
-            if state.messages == 0 { Ok(()) } else { Err(format!("{state:?}")) }
+            if state.messages == 0 { Ok(()) } else { Err(format!("{state:?}\n{}", self.stack.all_logs())) }
         })
         .await;
     }
