@@ -2,6 +2,7 @@
 //! are checked against the OpenAPI document.
 #![allow(dead_code, clippy::unwrap_used, reason = "each test binary uses its part")]
 
+pub(crate) mod audit;
 pub(crate) mod deliveries;
 
 use std::sync::LazyLock;
