@@ -259,7 +259,8 @@ impl Nats {
             pull::Config {
                 durable_name: Some("history".to_owned()),
                 filter_subject: self.names.receipts(),
-                ack_wait: Duration::from_secs(60),
+                // What an archiver that died had taken comes back after this time; history lags by it.
+                ack_wait: Duration::from_secs(10),
                 max_ack_pending: 100_000,
                 ..consumer_defaults()
             },

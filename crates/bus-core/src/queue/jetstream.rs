@@ -218,8 +218,13 @@ impl DeliveryQueue for JetStreamQueue {
             .flat_map(|chunk| chunk.chunks(RECEIPTS_PER_MESSAGE))
             .map(|chunk| async move {
                 let body = serde_json::to_vec(chunk).expect("receipts are plain data");
-                let subject = self.nats.names.receipt(chunk[0].organization);
-                self.publish(subject, HeaderMap::new(), body.into(), "publish receipts").await
+                let first = &chunk[0];
+                let subject = self.nats.names.receipt(first.organization);
+                let mut headers = HeaderMap::new();
+                // A batch of which some messages were refused is sent again, cut into the same messages.
+                let id = format!("{}:{}:{}:{}", first.delivery, first.turn, first.attempt, first.at);
+                headers.insert(async_nats::header::NATS_MESSAGE_ID, id);
+                self.publish(subject, headers, body.into(), "publish receipts").await
             });
         join_all(messages).await.into_iter().collect()
     }
