@@ -19,6 +19,8 @@ SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, S
 
 class Handler(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body of an answer are two packets, and the second must not wait for the first to be acknowledged.
+    disable_nagle_algorithm = True
 
 
 bucket, port_file = sys.argv[1:]

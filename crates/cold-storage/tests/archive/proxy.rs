@@ -75,6 +75,7 @@ impl Proxy {
             let mut connections = JoinSet::new();
             loop {
                 let (connection, _) = listener.accept().await.unwrap();
+                connection.set_nodelay(true).unwrap();
                 let (state, client, upstream) = (shared.clone(), client.clone(), upstream.clone());
                 connections.spawn(async move {
                     let service = service_fn(move |request| {
