@@ -26,7 +26,8 @@ class Handler(WSGIRequestHandler):
 bucket, port_file = sys.argv[1:]
 application = DomainDispatcherApplication(create_backend_app)
 server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
-serving = threading.Thread(target=server.serve_forever)
+# A daemon, so that a bucket that cannot be made ends the process.
+serving = threading.Thread(target=server.serve_forever, daemon=True)
 serving.start()
 url = f"http://127.0.0.1:{server.server_port}/{bucket}"
 urlopen(Request(url, method="PUT", headers={"Authorization": SIGNED})).read()

@@ -137,7 +137,7 @@ mod tests {
             secret.display()
         );
         fs::write(&file, text).unwrap();
-        let read = archive(Some(file.clone()), None).configuration(HashMap::new()).unwrap();
+        let read = archive(Some(file), None).configuration(HashMap::new()).unwrap();
         assert_eq!((read.url.as_str(), read.region.as_deref()), ("s3://one/", Some("eu-west-1")));
         assert_eq!(read.secret_access_key.unwrap().expose_secret(), "from-a-file");
 
