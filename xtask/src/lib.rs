@@ -1,5 +1,6 @@
 //! What `cargo xtask` does; a library, so that a test can run the demo too.
 
+mod archive;
 mod bench;
 mod cargo;
 pub mod demo;
@@ -51,6 +52,8 @@ pub enum Command {
     Streams(streams::Streams),
     /// Change the backend: move everything that is pending from one queue into the other
     Drain(drain::Drain),
+    /// Look into the cold storage: list, verify, query
+    Archive(archive::Archive),
     /// Show the bus at work: two organizations, ten subscriptions, a few hundred events, and a crash
     Demo(demo::Demo),
     /// Measure how fast and how exact the bus is
@@ -71,6 +74,7 @@ impl Command {
             Self::Migrate(migrate) => migrate.run().await?,
             Self::Streams(streams) => return streams.run().await,
             Self::Drain(drain) => drain.run().await?,
+            Self::Archive(archive) => archive.run().await?,
             Self::Demo(demo) => demo.run().await?,
             Self::Bench(bench) => bench.run().await?,
             Self::Test(test) => test.run().await?,

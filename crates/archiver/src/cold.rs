@@ -8,7 +8,7 @@ use bus_core::{
     clock::Clock,
     launcher::{BoxError, Ctx, Heartbeat},
     nats::Nats,
-    pg::{ArchiveLease, DayTable},
+    pg::{ArchiveLease, ArchivePosition, DayTable},
     streams::{AUDIT, Archive, Described},
     telemetry::Chain,
 };
@@ -148,11 +148,15 @@ async fn probe(config: &cold_storage::Config, holder: &str) -> Result<ColdStorag
 }
 
 /// Deletes what has expired in cold storage.
-struct Expiry {
-    cold: ColdStorage,
-    leases: Leases,
-    days: u32,
-    clock: Arc<dyn Clock>,
+pub struct Expiry {
+    /// Where.
+    pub cold: ColdStorage,
+    /// Of several archivers one does it.
+    pub leases: Leases,
+    /// What is older goes.
+    pub days: u32,
+    /// Tells what day it is.
+    pub clock: Arc<dyn Clock>,
 }
 
 /// What the lease of [`Expiry`] is about.
@@ -171,17 +175,19 @@ impl LeasedWork for Expiry {
         COLD
     }
 
-    async fn work(&self, _: ArchiveLease) -> Result<(), ArchiveError> {
-        loop {
-            let today = self.clock.now().to_zoned(TimeZone::UTC).date();
-            if let Ok(before) = today.checked_sub(Span::new().days(i64::from(self.days))) {
-                let expired = self.cold.expire(before).await?;
-                if expired.batches > 0 {
-                    counter!("bus_archive_expired_batches").increment(expired.batches);
-                    info!(%before, batches = expired.batches, objects = expired.objects, "Expired in cold storage");
-                }
+    async fn begin(&self) -> Result<(), ArchiveError> {
+        Ok(())
+    }
+
+    async fn round(&self, _: &ArchiveLease, _: &mut ArchivePosition) -> Result<Duration, ArchiveError> {
+        let today = self.clock.now().to_zoned(TimeZone::UTC).date();
+        if let Ok(before) = today.checked_sub(Span::new().days(i64::from(self.days))) {
+            let expired = self.cold.expire(before).await?;
+            if expired.batches > 0 {
+                counter!("bus_archive_expired_batches").increment(expired.batches);
+                info!(%before, batches = expired.batches, objects = expired.objects, "Expired in cold storage");
             }
-            tokio::time::sleep(EXPIRY).await;
         }
+        Ok(EXPIRY)
     }
 }

@@ -4,7 +4,8 @@ use bus_core::pg::StoreError;
 
 /// What went wrong. Nothing is lost by any of it: what is not archived stays where it is.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ArchiveError {
+#[non_exhaustive]
+pub enum ArchiveError {
     /// Cold storage.
     #[error(transparent)]
     Cold(#[from] cold_storage::Error),

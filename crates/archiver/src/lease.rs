@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bus_core::{
     launcher::Heartbeat,
-    pg::{self, ArchiveLease},
+    pg::{self, ArchiveLease, ArchivePosition},
     telemetry::Chain,
 };
 use metrics::counter;
@@ -23,22 +23,31 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Something that only the holder of a lease does.
 #[async_trait]
-pub(crate) trait LeasedWork: Send + Sync {
+pub trait LeasedWork: Send + Sync {
     /// What the lease is about.
     fn source(&self) -> &str;
 
-    /// Goes on until it fails.
-    async fn work(&self, lease: ArchiveLease) -> Result<(), ArchiveError>;
+    /// What a new holder does first.
+    async fn begin(&self) -> Result<(), ArchiveError>;
+
+    /// Does what there is to do, and says how long to wait before the next round. `position` is where the source stands;
+    /// it goes on with what is done.
+    async fn round(
+        &self,
+        lease: &ArchiveLease,
+        position: &mut ArchivePosition,
+    ) -> Result<Duration, ArchiveError>;
 }
 
 /// How leases are taken and held.
 #[derive(Debug, Clone)]
-pub(crate) struct Leases {
-    pub(crate) pool: PgPool,
+pub struct Leases {
+    /// Where the leases are.
+    pub pool: PgPool,
     /// Who takes them: another one in each process.
-    pub(crate) holder: String,
+    pub holder: String,
     /// How long one lasts after its last renewal, seconds.
-    pub(crate) seconds: u32,
+    pub seconds: u32,
 }
 
 impl Leases {
@@ -81,6 +90,19 @@ impl Leases {
         }
     }
 
+    /// One round, if the lease can be had; whether it could.
+    pub async fn round(&self, work: &dyn LeasedWork) -> Result<bool, ArchiveError> {
+        let lease = pg::take_archive_lease(&self.pool, work.source(), &self.holder, self.seconds).await?;
+        let Some(lease) = lease else { return Ok(false) };
+        let mut position = lease.position.clone();
+        let result = match work.begin().await {
+            Ok(()) => work.round(&lease, &mut position).await,
+            Err(error) => Err(error),
+        };
+        pg::release_archive_lease(&self.pool, &lease).await?;
+        result.map(|_| true)
+    }
+
     /// Whether there was anything to hold.
     async fn work_once(
         &self,
@@ -95,7 +117,7 @@ impl Leases {
         };
         info!(source, epoch = lease.epoch, "Holds the lease of an archive source");
         let result = tokio::select! {
-            result = work.work(lease.clone()) => result,
+            result = rounds(work, &lease) => result,
             lost = self.renew(&lease, beat) => Err(lost),
             () = stop.cancelled() => Ok(()),
         };
@@ -126,5 +148,15 @@ impl Leases {
         } else {
             Err(ArchiveError::LeaseLost(lease.source.clone()))
         }
+    }
+}
+
+/// Round after round, until one fails.
+async fn rounds(work: &dyn LeasedWork, lease: &ArchiveLease) -> Result<(), ArchiveError> {
+    let mut position = lease.position.clone();
+    work.begin().await?;
+    loop {
+        let wait = work.round(lease, &mut position).await?;
+        tokio::time::sleep(wait).await;
     }
 }

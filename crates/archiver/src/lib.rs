@@ -26,6 +26,12 @@ pub use self::config::{
     ArchiveConfig, ArchiverConfig, MaintenanceConfig, Retention, RetentionConfig, TableRetention,
 };
 use self::{cold::ColdLoops, maintenance::Maintenance};
+pub use self::{
+    cold::Expiry,
+    error::ArchiveError,
+    lease::{LeasedWork, Leases},
+    tables::TableArchiver,
+};
 
 /// What this binary is.
 pub const ROLE: Role =

@@ -34,20 +34,27 @@ use crate::{
 /// Between two looks for days that have expired.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// Rows of one query.
+/// Rows of one query; of events fewer, since a body may be large.
 const PAGE: u32 = 5_000;
+const PAGE_OF_EVENTS: u32 = 100;
 
 /// Rows swept in one statement.
 const SWEEP: u32 = 5_000;
 
 /// Expires the days of one table.
-pub(crate) struct TableArchiver {
-    pub(crate) table: DayTable,
-    pub(crate) retention: TableRetention,
-    pub(crate) cold: ColdStorage,
-    pub(crate) leases: Leases,
-    pub(crate) config: ArchiveConfig,
-    pub(crate) clock: Arc<dyn Clock>,
+pub struct TableArchiver {
+    /// Which one.
+    pub table: DayTable,
+    /// How long a day is kept, and what becomes of it.
+    pub retention: TableRetention,
+    /// Where it goes.
+    pub cold: ColdStorage,
+    /// Of several archivers one works on the table.
+    pub leases: Leases,
+    /// How large a part is.
+    pub config: ArchiveConfig,
+    /// Tells what day it is.
+    pub clock: Arc<dyn Clock>,
 }
 
 impl TableArchiver {
@@ -63,13 +70,22 @@ impl LeasedWork for TableArchiver {
         self.table.name()
     }
 
-    async fn work(&self, lease: ArchiveLease) -> Result<(), ArchiveError> {
-        let _ = self.cold.resume(self.table.name()).await?;
-        let mut position = lease.position.clone();
-        loop {
-            self.expire(&lease, &mut position).await?;
-            tokio::time::sleep(LOOK).await;
+    async fn begin(&self) -> Result<(), ArchiveError> {
+        let resumed = self.cold.resume(self.table.name()).await?;
+        if resumed.discarded > 0 || resumed.open > 0 {
+            let (discarded, open) = (resumed.discarded, resumed.open);
+            info!(table = self.table.name(), discarded, open, "Found unfinished batches");
         }
+        Ok(())
+    }
+
+    async fn round(
+        &self,
+        lease: &ArchiveLease,
+        position: &mut ArchivePosition,
+    ) -> Result<Duration, ArchiveError> {
+        self.expire(lease, position).await?;
+        Ok(LOOK)
     }
 }
 
@@ -112,6 +128,12 @@ impl TableArchiver {
         if position.incarnation.as_deref() != Some(&day.to_string()) {
             let to = ArchivePosition { incarnation: Some(day.to_string()), next: 1, after: None };
             self.go_to(lease, position, to).await?;
+        } else if let Some(last) = self.cold.last_manifest(self.table.name(), &day.to_string()).await?
+            && last.source.next().is_none()
+            && last.slot().first + 1 < position.next
+        {
+            // All of it is there and noted, only not dropped.
+            return self.rows_of(day).await;
         }
         loop {
             let slot = Slot {
@@ -123,7 +145,7 @@ impl TableArchiver {
                 Some(manifest) => manifest,
                 None => match self.write(lease, &slot, position.after, day).await? {
                     Some(manifest) => manifest,
-                    // The last part is noted already.
+                    // A day without rows has no parts.
                     None => return self.rows_of(day).await,
                 },
             };
@@ -154,12 +176,15 @@ impl TableArchiver {
         let pool = &self.leases.pool;
         let mut batch = Batch::new();
         let mut after = after;
-        let complete = loop {
-            let page = pg::day_rows(pool, self.table, day, after, PAGE).await?;
+        let complete = 'gather: loop {
+            let page = pg::day_rows(pool, self.table, day, after, self.page()).await?;
             let Some(last) = page.last() else { break true };
             after = Some(last.try_get("key").map_err(|source| self.unfit(source))?);
             for row in &page {
-                batch.push(dataset(self.table), self.values(row)?)?;
+                match batch.push(dataset(self.table), self.values(row)?) {
+                    Err(ColdError::BatchFull { .. }) if batch.rows() > 0 => break 'gather false,
+                    other => other?,
+                }
             }
             if batch.rows() >= self.config.batch_messages || batch.bytes() as u64 >= self.config.batch_bytes {
                 break pg::day_rows(pool, self.table, day, after, 1).await?.is_empty();
@@ -188,6 +213,10 @@ impl TableArchiver {
         Ok(Some(manifest))
     }
 
+    fn page(&self) -> u32 {
+        if self.table == DayTable::Events { PAGE_OF_EVENTS } else { PAGE }
+    }
+
     /// The key of the last of so many rows behind `after`: a manifest says how many it has, and not which.
     async fn key_after(
         &self,
@@ -197,7 +226,7 @@ impl TableArchiver {
     ) -> Result<Option<Uuid>, ArchiveError> {
         let mut after = after;
         while rows > 0 {
-            let limit = u32::try_from(rows).unwrap_or(PAGE).min(PAGE);
+            let limit = u32::try_from(rows).unwrap_or(u32::MAX).min(self.page());
             let page = pg::day_rows(&self.leases.pool, self.table, day, after, limit).await?;
             let Some(last) = page.last() else { break };
             after = Some(last.try_get("key").map_err(|source| self.unfit(source))?);

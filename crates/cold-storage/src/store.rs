@@ -67,15 +67,18 @@ impl ColdStorage {
         Manifest::parse(path, &bytes).map(Some)
     }
 
-    /// Puts a manifest where none is, and reads what is there then: the same, or that of another writer. The store may
-    /// also have taken ours and lost its answer.
+    /// Puts a manifest where none is, and reads what is there then: the same, or that of another writer.
     pub(crate) async fn create_manifest(&self, manifest: &Manifest) -> Result<Manifest, Error> {
         let path = manifest.path();
         let json = serde_json::to_vec(manifest)
             .map_err(|cause| Error::Unreadable { path: path.clone(), reason: cause.to_string() })?;
-        self.create(&path, json.into()).await?;
-        let stored = self.manifest(&path).await?;
-        stored.ok_or(Error::Refused { path, fault: Fault::Missing })
+        let created = self.create(&path, json.into()).await;
+        match (self.manifest(&path).await?, created) {
+            // Also if the store has taken it and its answer was lost.
+            (Some(stored), _) => Ok(stored),
+            (None, Err(error)) => Err(error),
+            (None, Ok(_)) => Err(Error::Refused { path, fault: Fault::Missing }),
+        }
     }
 
     /// The bytes of an object, if they are those that were written.

@@ -2,7 +2,7 @@
 
 Each line of standard input is a JSON object {"sql": "…"}, and each line of standard output the rows,
 {"rows": [{"column": value, …}, …]}. What JSON has no form for is text, and bytes are hexadecimal.
-The package of parquet.txt must be on PYTHONPATH.
+The packages of parquet.txt must be on PYTHONPATH.
 """
 
 import json

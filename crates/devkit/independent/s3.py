@@ -19,12 +19,15 @@ SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, S
 
 class Handler(WSGIRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body of an answer are two packets, and the second must not wait for the first to be acknowledged.
+    disable_nagle_algorithm = True
 
 
 bucket, port_file = sys.argv[1:]
 application = DomainDispatcherApplication(create_backend_app)
 server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Handler)
-serving = threading.Thread(target=server.serve_forever)
+# A daemon, so that a bucket that cannot be made ends the process.
+serving = threading.Thread(target=server.serve_forever, daemon=True)
 serving.start()
 url = f"http://127.0.0.1:{server.server_port}/{bucket}"
 urlopen(Request(url, method="PUT", headers={"Authorization": SIGNED})).read()

@@ -1,6 +1,6 @@
 //! What we do, done by implementations that share nothing with ours: the Python packages of
 //! `independent/requirements.txt`. `independent/check.py` reads requests by Standard Webhooks and CloudEvents,
-//! `independent/ticks.py` finds the times of cron expressions, and `independent/parquet.py`, with the package of
+//! `independent/ticks.py` finds the times of cron expressions, and `independent/parquet.py`, with the packages of
 //! `independent/parquet.txt`, reads Parquet; each describes its questions and answers.
 
 use std::{
@@ -36,7 +36,7 @@ pub fn ticks(questions: &[Value]) -> Result<Vec<Value>> {
 /// The rows that DuckDB finds with each SQL query, as JSON objects; `read_parquet('…')` is a table.
 ///
 /// # Errors
-/// If the package cannot be had, or a query is refused.
+/// If the packages cannot be had, or a query is refused.
 pub fn parquet(queries: &[&str]) -> Result<Vec<Vec<Value>>> {
     let questions: Vec<Value> = queries.iter().map(|sql| json!({ "sql": sql })).collect();
     let answers = ask("parquet.py", &python::packages("parquet", PARQUET)?, &questions)?;

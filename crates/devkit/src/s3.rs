@@ -49,6 +49,8 @@ impl S3 {
             .arg(BUCKET)
             .arg(&port_file)
             .env("PYTHONPATH", packages)
+            // Thousands of lines that are not to be compiled at every start.
+            .env("PYTHONDONTWRITEBYTECODE", "")
             .spawn(Lifetime::Owned(Signal::KILL))?;
         let port: u16 = poll("the S3 server to listen", START, || {
             let seen = match process.try_exit() {

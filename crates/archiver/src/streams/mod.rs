@@ -62,32 +62,30 @@ impl LeasedWork for StreamArchiver {
         self.name()
     }
 
-    async fn work(&self, lease: ArchiveLease) -> Result<(), ArchiveError> {
-        // Another archiver may work on another stream; each makes those that it works on.
+    async fn begin(&self) -> Result<(), ArchiveError> {
         self.nats.prepare_archived().await.during("create the archived streams")?;
         let resumed = self.cold.resume(self.name()).await?;
         if resumed.discarded > 0 || resumed.open > 0 {
-            info!(
-                source = self.name(),
-                discarded = resumed.discarded,
-                open = resumed.open,
-                "Found unfinished batches"
-            );
+            let (discarded, open) = (resumed.discarded, resumed.open);
+            info!(source = self.name(), discarded, open, "Found unfinished batches");
         }
-        let mut position = lease.position.clone();
-        let mut oldest = None;
-        loop {
-            let state = self.state().await?;
-            self.follow(&lease, &mut position, &state).await?;
-            self.report(&state);
-            if self.is_due(&position, &state, &mut oldest).await? {
-                self.archive(&lease, &mut position, &state).await?;
-                oldest = None;
-            } else {
-                tokio::time::sleep(LOOK).await;
-            }
-            self.trim(&lease, &position, &state).await?;
+        Ok(())
+    }
+
+    async fn round(
+        &self,
+        lease: &ArchiveLease,
+        position: &mut ArchivePosition,
+    ) -> Result<Duration, ArchiveError> {
+        let state = self.state().await?;
+        self.report(&state);
+        self.follow(lease, position, &state).await?;
+        let due = self.is_due(position, &state).await?;
+        if due {
+            self.archive(lease, position, &state).await?;
         }
+        self.trim(lease, position, &state).await?;
+        Ok(if due { Duration::ZERO } else { LOOK })
     }
 }
 
@@ -131,13 +129,8 @@ impl StreamArchiver {
         Ok(())
     }
 
-    /// Whether enough has gathered, or has waited long enough. `oldest` remembers when the message at the position came.
-    async fn is_due(
-        &self,
-        position: &ArchivePosition,
-        state: &StreamState,
-        oldest: &mut Option<(u64, Timestamp)>,
-    ) -> Result<bool, ArchiveError> {
+    /// Whether enough has gathered, or has waited long enough.
+    async fn is_due(&self, position: &ArchivePosition, state: &StreamState) -> Result<bool, ArchiveError> {
         let waiting = (state.last + 1).saturating_sub(position.next);
         gauge!("bus_archive_waiting", "source" => self.name().to_owned()).set(waiting as f64);
         let behind = gauge!("bus_archive_behind_seconds", "source" => self.name().to_owned());
@@ -145,12 +138,8 @@ impl StreamArchiver {
             behind.set(0);
             return Ok(false);
         }
-        let since = match *oldest {
-            Some((at, since)) if at == position.next => since,
-            // What was deleted under us is of no age, and has waited long enough.
-            _ => self.time_of(position.next).await?.unwrap_or(Timestamp::UNIX_EPOCH),
-        };
-        *oldest = Some((position.next, since));
+        // What was deleted under us is of no age, and has waited long enough.
+        let since = self.time_of(position.next).await?.unwrap_or(Timestamp::UNIX_EPOCH);
         let age = Duration::try_from(self.clock.now().duration_since(since)).unwrap_or_default();
         behind.set(age.as_secs_f64());
         let bytes = state.bytes / state.messages.max(1) * waiting;

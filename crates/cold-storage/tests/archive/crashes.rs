@@ -53,14 +53,14 @@ async fn who_dies_after_any_change_is_followed_up() {
         let dying = ColdStorage::open(&config).unwrap();
         proxy.rule(Rule { after: changes, ..Rule::changes(Fault::Tear) });
         // Its note may stay behind, so that its last request fails unseen: what counts is whether it was cut.
-        let outcome = archive_rest(&dying, END, "writer-1", 7).await;
+        let outcome = archive_rest(&dying, END, "writer-1", 10).await;
         survived = !proxy.clear();
         assert!(outcome.is_ok() || !survived, "{outcome:?}");
 
         let cold = ColdStorage::open(&s3_config(server.endpoint(), &prefix)).unwrap();
-        archive_rest(&cold, END, successor, 6).await.unwrap();
+        archive_rest(&cold, END, successor, 7).await.unwrap();
         assert_whole(&cold, END).await;
         changes += 1;
     }
-    assert!(changes > 10, "{changes} changes were made in all");
+    assert!(changes >= 10, "{changes} changes were made in all");
 }

@@ -8,13 +8,20 @@ use crate::{
     support::*,
 };
 
-const UPLOADS: [&str; 3] = ["/pending/", "/domain=", "/manifests/"];
+const UPLOADS: [&str; 3] = ["/pending/", "/domain%3D", "/manifests/"];
 
 #[tokio::test]
-async fn an_upload_that_fails_once_is_repeated() {
+async fn a_store_that_fails_loses_nothing() {
     devkit::install_tls_provider();
     let server = S3::start().await.unwrap();
     let proxy = Proxy::start(server.endpoint().clone()).await;
+    an_upload_that_fails_once_is_repeated(&proxy).await;
+    an_outage_ends_a_batch_and_loses_nothing(&proxy).await;
+    what_the_store_has_changed_is_not_confirmed(&proxy).await;
+    a_note_that_could_not_be_removed_is_removed_by_the_next(&proxy).await;
+}
+
+async fn an_upload_that_fails_once_is_repeated(proxy: &Proxy) {
     for (number, fault) in
         [Fault::Unavailable, Fault::Tear, Fault::LoseAnswer, Fault::Hang].into_iter().enumerate()
     {
@@ -33,11 +40,7 @@ async fn an_upload_that_fails_once_is_repeated() {
     }
 }
 
-#[tokio::test]
-async fn an_outage_ends_a_batch_and_loses_nothing() {
-    devkit::install_tls_provider();
-    let server = S3::start().await.unwrap();
-    let proxy = Proxy::start(server.endpoint().clone()).await;
+async fn an_outage_ends_a_batch_and_loses_nothing(proxy: &Proxy) {
     let mut config = s3_config(proxy.url(), "outage");
     config.retries = 1;
     let cold = ColdStorage::open(&config).unwrap();
@@ -52,13 +55,9 @@ async fn an_outage_ends_a_batch_and_loses_nothing() {
     assert_whole(&cold, 3).await;
 }
 
-#[tokio::test]
-async fn what_the_store_has_changed_is_not_confirmed() {
-    devkit::install_tls_provider();
-    let server = S3::start().await.unwrap();
-    let proxy = Proxy::start(server.endpoint().clone()).await;
+async fn what_the_store_has_changed_is_not_confirmed(proxy: &Proxy) {
     let cold = ColdStorage::open(&s3_config(proxy.url(), "flipped")).unwrap();
-    proxy.rule(Rule::upload("/domain=", Fault::FlipBit));
+    proxy.rule(Rule::upload("/domain%3D", Fault::FlipBit));
     let error = archive(&cold, 1, 5, "writer-1").await.unwrap_err();
     assert!(proxy.clear());
     assert!(matches!(error, Error::Refused { fault: cold_storage::Fault::Bytes, .. }), "{error:?}");
@@ -67,11 +66,7 @@ async fn what_the_store_has_changed_is_not_confirmed() {
     assert_whole(&cold, 5).await;
 }
 
-#[tokio::test]
-async fn a_note_that_could_not_be_removed_is_removed_by_the_next() {
-    devkit::install_tls_provider();
-    let server = S3::start().await.unwrap();
-    let proxy = Proxy::start(server.endpoint().clone()).await;
+async fn a_note_that_could_not_be_removed_is_removed_by_the_next(proxy: &Proxy) {
     let mut config = s3_config(proxy.url(), "note");
     config.retries = 0;
     let cold = ColdStorage::open(&config).unwrap();

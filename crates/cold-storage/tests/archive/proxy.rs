@@ -75,6 +75,7 @@ impl Proxy {
             let mut connections = JoinSet::new();
             loop {
                 let (connection, _) = listener.accept().await.unwrap();
+                connection.set_nodelay(true).unwrap();
                 let (state, client, upstream) = (shared.clone(), client.clone(), upstream.clone());
                 connections.spawn(async move {
                     let service = service_fn(move |request| {
@@ -151,6 +152,7 @@ async fn answer(
     let url = upstream.join(head.uri.path_and_query().unwrap().as_str()).unwrap();
     let mut headers = head.headers;
     headers.remove(http::header::HOST);
+    // By this a store notices what was changed on its way; what changes later, it does not.
     headers.remove("x-amz-checksum-sha256");
     let answered =
         client.request(head.method, url).headers(headers).body(body).send().await.map_err(|_| Torn)?;

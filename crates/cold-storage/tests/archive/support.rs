@@ -27,7 +27,6 @@ pub(crate) struct Store {
     /// The same objects, for tests that damage them.
     pub(crate) raw: Arc<dyn ObjectStore>,
     pub(crate) folder: Option<TempDir>,
-    _server: Option<S3>,
 }
 
 impl Store {
@@ -36,14 +35,12 @@ impl Store {
         let config = Config::at(Url::from_directory_path(folder.path()).unwrap());
         let cold = ColdStorage::open(&config).unwrap();
         let raw = Arc::new(LocalFileSystem::new_with_prefix(folder.path()).unwrap());
-        Self { cold, raw, folder: Some(folder), _server: None }
+        Self { cold, raw, folder: Some(folder) }
     }
 
-    pub(crate) async fn s3() -> Self {
-        devkit::install_tls_provider();
-        let server = S3::start().await.unwrap();
-        let config = s3_config(server.endpoint(), "cold");
-        let cold = ColdStorage::open(&config).unwrap();
+    /// A part of a server of its own.
+    pub(crate) fn s3(server: &S3, prefix: &str) -> Self {
+        let cold = ColdStorage::open(&s3_config(server.endpoint(), prefix)).unwrap();
         let raw = AmazonS3Builder::new()
             .with_bucket_name(BUCKET)
             .with_endpoint(server.endpoint().as_str().trim_end_matches('/'))
@@ -52,8 +49,8 @@ impl Store {
             .with_allow_http(true)
             .build()
             .unwrap();
-        let raw = Arc::new(PrefixStore::new(raw, "cold"));
-        Self { cold, raw, folder: None, _server: Some(server) }
+        let raw = Arc::new(PrefixStore::new(raw, prefix));
+        Self { cold, raw, folder: None }
     }
 
     pub(crate) async fn paths(&self, folder: &str) -> Vec<String> {
@@ -88,14 +85,21 @@ pub(crate) fn s3_config(endpoint: &Url, prefix: &str) -> Config {
     }
 }
 
-/// Runs each case on a folder and on an S3.
+/// Runs each case in a folder of its own, and all of them in one S3: a server takes longer to start than a case.
 macro_rules! on_both_stores {
     ($($case:ident),+ $(,)?) => {
         mod files {
             $(#[tokio::test] async fn $case() { super::$case(&crate::support::Store::files().await).await; })+
         }
-        mod s3 {
-            $(#[tokio::test] async fn $case() { super::$case(&crate::support::Store::s3().await).await; })+
+
+        #[tokio::test]
+        async fn the_same_in_an_s3() {
+            devkit::install_tls_provider();
+            let server = devkit::s3::S3::start().await.unwrap();
+            $(
+                println!("{}", stringify!($case));
+                $case(&crate::support::Store::s3(&server, stringify!($case))).await;
+            )+
         }
     };
 }
