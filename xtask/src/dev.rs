@@ -108,6 +108,11 @@ impl Dev {
         self.dir.join("logs")
     }
 
+    /// Cold storage.
+    pub(crate) fn cold(&self) -> PathBuf {
+        self.dir.join("cold")
+    }
+
     pub(crate) fn roles(&self) -> PathBuf {
         self.dir.join("roles")
     }
@@ -199,7 +204,7 @@ impl Dev {
 
     /// Removes the data, the logs and all that is remembered. Nothing may run.
     pub(crate) fn wipe(&self) -> Result<()> {
-        for path in [self.data()?, self.logs(), self.roles(), self.dir.join("ports.json")] {
+        for path in [self.data()?, self.logs(), self.roles(), self.cold(), self.dir.join("ports.json")] {
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
             match removed {
                 Err(error) if error.kind() != ErrorKind::NotFound => {

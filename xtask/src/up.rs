@@ -197,6 +197,9 @@ impl Up {
                     ("DATABASE_URL".to_owned(), connections.url_of(role)?),
                 ];
                 env.extend(connections.nats_url.iter().map(|url| ("NATS_URL".to_owned(), url.clone())));
+                if matches!(role, Role::Archiver | Role::EventBus) {
+                    env.push(("EVENT_BUS_COLD__URL".to_owned(), format!("file://{}", dev.cold().display())));
+                }
                 if matches!(role, Role::Publisher | Role::DeliveryWorker | Role::EventBus) {
                     env.push(("EVENT_BUS_SINK__ALLOW_CIDRS".to_owned(), ALLOW_CIDRS.to_owned()));
                 }
