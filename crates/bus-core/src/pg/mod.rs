@@ -9,6 +9,7 @@ pub mod audit;
 mod connections;
 mod dead_letters;
 mod deliveries;
+mod erasures;
 mod events;
 mod history;
 mod keys;
@@ -34,8 +35,8 @@ use sqlx::{
 };
 
 pub use self::{
-    agenda::*, archive::*, connections::*, dead_letters::*, deliveries::*, events::*, history::*, keys::*,
-    organizations::*, outbox::*, partitions::*, publish::*, receipts::*, receivers::*, replays::*,
+    agenda::*, archive::*, connections::*, dead_letters::*, deliveries::*, erasures::*, events::*, history::*,
+    keys::*, organizations::*, outbox::*, partitions::*, publish::*, receipts::*, receivers::*, replays::*,
     scheduled::*, schedules::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
