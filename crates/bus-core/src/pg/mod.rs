@@ -20,6 +20,7 @@ mod publish;
 mod receipts;
 mod receivers;
 mod replays;
+mod restore;
 mod scheduled;
 mod schedules;
 mod snapshot;
@@ -37,7 +38,7 @@ use sqlx::{
 pub use self::{
     agenda::*, archive::*, connections::*, dead_letters::*, deliveries::*, erasures::*, events::*, history::*,
     keys::*, organizations::*, outbox::*, partitions::*, publish::*, receipts::*, receivers::*, replays::*,
-    scheduled::*, schedules::*, snapshot::*, subscriptions::*,
+    restore::*, scheduled::*, schedules::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
 
