@@ -77,16 +77,12 @@ impl Setup {
     }
 
     async fn archive(&self) {
-        let later = SystemClock.now() + SignedDuration::from_hours(24 * 9);
+        let later = SystemClock.now() + SignedDuration::from_hours(48);
         let cold = ColdStorage::open(&Config::at(self.url.clone())).unwrap();
         for table in DayTable::ALL {
             let leases = Leases { pool: self.pool.clone(), holder: "test".to_owned(), seconds: 30 };
-            let config = ArchiveConfig {
-                batch_messages: 4,
-                batch_bytes: 1024 * 1024,
-                batch_age_s: 300,
-                lease_s: 30,
-            };
+            let config =
+                ArchiveConfig { batch_messages: 4, batch_bytes: 1024 * 1024, batch_age_s: 300, lease_s: 30 };
             let archiver = TableArchiver {
                 table,
                 retention: TableRetention { keep_days: 1, archive: Archive::Archive },

@@ -98,9 +98,10 @@ impl ColdLoops {
     pub(crate) async fn run(self) -> Result<(), BoxError> {
         let Some(cold) = self.open().await else { return Ok(()) };
         let dead_archived = self.streams.iter().any(|(stream, _)| stream.name == DEAD);
-        let events_archived = self.tables.iter().any(|(table, retention, _)| {
-            *table == DayTable::Events && retention.archive == Archive::Archive
-        });
+        let events_archived = self
+            .tables
+            .iter()
+            .any(|(table, retention, _)| *table == DayTable::Events && retention.archive == Archive::Archive);
         let mut loops: Vec<BoxFuture<'_, Result<(), BoxError>>> = Vec::new();
         for (stream, beat) in self.streams {
             let Some(nats) = self.nats.clone() else { continue };

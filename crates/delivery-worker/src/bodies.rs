@@ -34,10 +34,7 @@ impl Bodies {
     }
 
     /// The event's bytes, or why there are none any more.
-    pub(crate) async fn get(
-        &self,
-        event: EventUid,
-    ) -> Result<Result<Bytes, DeadReason>, Arc<StoreError>> {
+    pub(crate) async fn get(&self, event: EventUid) -> Result<Result<Bytes, DeadReason>, Arc<StoreError>> {
         self.cache.try_get_with(event, pg::load_body(&self.pool, event)).await
     }
 }

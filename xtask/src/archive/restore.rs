@@ -144,7 +144,8 @@ impl Counts {
         let present = found.saturating_sub(*restored);
         ui::line(paint(GOOD, format!("  {restored} rows restored; {present} were there already.")));
         if *restored > 0 {
-            let advice = "  The archiver expires them again with their day: see Restoring in docs/archive.md.";
+            let advice =
+                "  The archiver expires them again with their day: see Restoring in docs/archive.md.";
             ui::line(paint(FAINT, advice));
         }
     }

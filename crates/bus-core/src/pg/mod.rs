@@ -36,9 +36,9 @@ use sqlx::{
 };
 
 pub use self::{
-    agenda::*, archive::*, connections::*, dead_letters::*, deliveries::*, erasures::*, events::*, history::*,
-    keys::*, organizations::*, outbox::*, partitions::*, publish::*, receipts::*, receivers::*, replays::*,
-    restore::*, scheduled::*, schedules::*, snapshot::*, subscriptions::*,
+    agenda::*, archive::*, connections::*, dead_letters::*, deliveries::*, erasures::*, events::*,
+    history::*, keys::*, organizations::*, outbox::*, partitions::*, publish::*, receipts::*, receivers::*,
+    replays::*, restore::*, scheduled::*, schedules::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
 
