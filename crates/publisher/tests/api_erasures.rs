@@ -81,16 +81,13 @@ async fn an_erased_event_is_shown_without_its_payload_and_is_delivered_no_more()
     let (tenant, stranger) = (bus.tenant("acme").await, bus.tenant("stranger").await);
     let (admin, foreign) = (everything(&tenant).await, everything(&stranger).await);
     let connection = tenant.webhook("hook").await;
-    // Disabled while the events come, so that nothing is delivered before they are erased.
+    // The subscription comes after the events, so that they are not delivered to anybody.
     let erased = publish(&tenant, json!({ "n": 1 })).await;
     let kept = publish(&tenant, json!({ "n": 2 })).await;
     let subscription = tenant.subscription(&connection, "t").await;
-    let (dead, parked) = (
-        Published::new(&tenant, &erased, &subscription, &connection),
-        Published::new(&tenant, &kept, &subscription, &connection),
-    );
+    let dead = Published::new(&tenant, &erased, &subscription, &connection);
     dead.bury(&pool, 20, "attempts_exhausted").await;
-    parked.bury(&pool, 20, "attempts_exhausted").await;
+    Published::new(&tenant, &kept, &subscription, &connection).bury(&pool, 20, "attempts_exhausted").await;
 
     // Somebody else's job about it empties nothing.
     let job = foreign.post("/v1/erasures", json!({ "eventUid": erased })).await.expect(202);
