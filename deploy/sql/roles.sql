@@ -32,6 +32,7 @@ GRANT DELETE ON delivery_queue TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE, DELETE ON replays TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON scheduled_events, schedules TO bus_publisher;
 GRANT SELECT ON occurrences TO bus_publisher;
+GRANT SELECT, INSERT, DELETE ON erasures TO bus_publisher;
 -- Records are written and read, never changed.
 GRANT SELECT, INSERT ON audit_records TO bus_publisher;
 
@@ -64,4 +65,8 @@ GRANT SELECT, INSERT, DELETE ON archive_batches TO bus_archiver;
 -- What expires is moved to cold storage first. Days go whole, by the function; rows of days without a partition one by one.
 GRANT SELECT, DELETE ON events, delivery_attempts, occurrences TO bus_archiver;
 GRANT SELECT, UPDATE, DELETE ON audit_records TO bus_archiver;
+-- Erasures empty payloads, and leave a record when they are done.
+GRANT UPDATE (body, expunged_at) ON events TO bus_archiver;
+GRANT SELECT, UPDATE ON erasures TO bus_archiver;
+GRANT INSERT ON audit_records TO bus_archiver;
 GRANT EXECUTE ON FUNCTION create_day_partition(text, date), drop_day_partition(text, date, bigint) TO bus_archiver;

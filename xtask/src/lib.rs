@@ -52,7 +52,7 @@ pub enum Command {
     Streams(streams::Streams),
     /// Change the backend: move everything that is pending from one queue into the other
     Drain(drain::Drain),
-    /// Look into the cold storage: list, verify, query
+    /// Look into the cold storage, and restore from it: list, verify, query, restore, expunge
     Archive(archive::Archive),
     /// Show the bus at work: two organizations, ten subscriptions, a few hundred events, and a crash
     Demo(demo::Demo),

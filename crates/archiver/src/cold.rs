@@ -1,15 +1,19 @@
 //! Everything that is done with cold storage: one loop for each stream and each table that is moved there, and one for
-//! what expires in it.
+//! what is erased and expires in it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use bus_core::{
     clock::Clock,
+    ids::Ids,
     launcher::{BoxError, Ctx, Heartbeat},
     nats::Nats,
     pg::{ArchiveLease, ArchivePosition, DayTable},
-    streams::{AUDIT, Archive, Described},
+    streams::{AUDIT, Archive, DEAD, Described},
     telemetry::Chain,
 };
 use cold_storage::ColdStorage;
@@ -25,6 +29,7 @@ use tracing::{info, warn};
 
 use crate::{
     config::{ArchiverConfig, TableRetention},
+    erasures::Erasures,
     error::ArchiveError,
     lease::{LeasedWork, Leases},
     streams::StreamArchiver,
@@ -48,8 +53,9 @@ pub(crate) struct ColdLoops {
     nats: Option<Nats>,
     leases: Leases,
     clock: Arc<dyn Clock>,
-    /// Of the loop that expires what is there, if anything does.
-    expiry: Option<Heartbeat>,
+    ids: Arc<dyn Ids>,
+    /// Of the loop that changes what is there.
+    upkeep: Heartbeat,
     stop: CancellationToken,
 }
 
@@ -82,7 +88,8 @@ impl ColdLoops {
             nats,
             leases: Leases { pool, holder: holder[20..].to_owned(), seconds: ctx.config.archive.lease_s },
             clock: Arc::clone(&ctx.clock),
-            expiry: (ctx.config.retention.cold.keep_days > 0).then(|| beat("expiry")),
+            ids: Arc::clone(&ctx.ids),
+            upkeep: beat("upkeep"),
             stop: ctx.stop.clone(),
             config: ctx.config.clone(),
         }
@@ -90,6 +97,11 @@ impl ColdLoops {
 
     pub(crate) async fn run(self) -> Result<(), BoxError> {
         let Some(cold) = self.open().await else { return Ok(()) };
+        let dead_archived = self.streams.iter().any(|(stream, _)| stream.name == DEAD);
+        let events_archived = self
+            .tables
+            .iter()
+            .any(|(table, retention, _)| *table == DayTable::Events && retention.archive == Archive::Archive);
         let mut loops: Vec<BoxFuture<'_, Result<(), BoxError>>> = Vec::new();
         for (stream, beat) in self.streams {
             let Some(nats) = self.nats.clone() else { continue };
@@ -114,11 +126,24 @@ impl ColdLoops {
             };
             loops.push(archiver.run(beat, self.stop.clone()).boxed());
         }
-        if let Some(beat) = self.expiry {
-            let days = self.config.retention.cold.keep_days;
-            let expiry = Expiry { cold, leases: self.leases, days, clock: self.clock };
-            loops.push(expiry.run(beat, self.stop.clone()).boxed());
-        }
+        let days = self.config.retention.cold.keep_days;
+        let expiry = (days > 0).then(|| Expiry {
+            cold: cold.clone(),
+            leases: self.leases.clone(),
+            days,
+            clock: Arc::clone(&self.clock),
+        });
+        let erasures = Erasures {
+            cold,
+            leases: self.leases,
+            nats: self.nats,
+            events_archived,
+            dead_archived,
+            clock: self.clock,
+            ids: self.ids,
+        };
+        let upkeep = Upkeep { expiry, erasures, expired: Mutex::default() };
+        loops.push(upkeep.run(self.upkeep, self.stop.clone()).boxed());
         try_join_all(loops).await?;
         Ok(())
     }
@@ -135,7 +160,7 @@ impl ColdLoops {
             }
             let beats =
                 self.streams.iter().map(|(_, beat)| beat).chain(self.tables.iter().map(|(_, _, beat)| beat));
-            beats.chain(&self.expiry).for_each(Heartbeat::beat);
+            beats.chain([&self.upkeep]).for_each(Heartbeat::beat);
             self.stop.run_until_cancelled(tokio::time::sleep(AGAIN)).await?;
         }
     }
@@ -159,13 +184,56 @@ pub struct Expiry {
     pub clock: Arc<dyn Clock>,
 }
 
-/// What the lease of [`Expiry`] is about.
-const COLD: &str = "cold";
+/// What is done to cold storage itself. One after the other and under one lease, since both change what is there.
+struct Upkeep {
+    /// If anything expires.
+    expiry: Option<Expiry>,
+    erasures: Erasures,
+    /// When it was last looked for what has expired.
+    expired: Mutex<Option<Instant>>,
+}
 
-impl Expiry {
+/// What the lease of all that changes cold storage is about.
+pub(crate) const COLD: &str = "cold";
+
+impl Upkeep {
     async fn run(self, beat: Heartbeat, stop: CancellationToken) -> Result<(), BoxError> {
-        self.leases.keep_working(&self, &beat, &stop).await;
+        self.erasures.leases.keep_working(&self, &beat, &stop).await;
         Ok(())
+    }
+
+    /// Whether it is time to look for what has expired.
+    fn is_due(&self) -> bool {
+        let mut expired = self.expired.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = expired.is_none_or(|at| at.elapsed() >= EXPIRY);
+        if due {
+            *expired = Some(Instant::now());
+        }
+        due
+    }
+}
+
+#[async_trait]
+impl LeasedWork for Upkeep {
+    fn source(&self) -> &str {
+        COLD
+    }
+
+    async fn begin(&self) -> Result<(), ArchiveError> {
+        Ok(())
+    }
+
+    async fn round(
+        &self,
+        lease: &ArchiveLease,
+        position: &mut ArchivePosition,
+    ) -> Result<Duration, ArchiveError> {
+        if let Some(expiry) = &self.expiry
+            && self.is_due()
+        {
+            expiry.round(lease, position).await?;
+        }
+        self.erasures.round(lease, position).await
     }
 }
 

@@ -1,11 +1,12 @@
 //! The archiver: everything that moves or expires data.
 //!
 //! [`history`] copies receipts to the database; [`relay`] passes audit records on to the audit stream; [`cold`] moves
-//! [`streams`] and [`tables`] to cold storage; [`maintenance`] creates partitions ahead of their day and sweeps what
+//! [`streams`] and [`tables`] to cold storage; [`erasures`] empties payloads wherever they are; [`maintenance`] creates partitions ahead of their day and sweeps what
 //! is over.
 
 mod cold;
 mod config;
+mod erasures;
 mod error;
 mod history;
 mod lease;
@@ -28,6 +29,7 @@ pub use self::config::{
 use self::{cold::ColdLoops, maintenance::Maintenance};
 pub use self::{
     cold::Expiry,
+    erasures::Erasures,
     error::ArchiveError,
     lease::{LeasedWork, Leases},
     tables::TableArchiver,

@@ -101,6 +101,10 @@ words! {
         ReplayCreated = "replay.created",
         /// A job was cancelled.
         ReplayCancelled = "replay.cancelled",
+        /// A job was created that empties payloads.
+        ErasureCreated = "erasure.created",
+        /// The bus has emptied the payloads.
+        ErasureDone = "erasure.done",
         /// Events were read with what they say; recorded where the configuration asks for it.
         PayloadRead = "payload.read",
     }
@@ -123,8 +127,10 @@ words! {
         Event = "event",
         /// A delivery that was given up.
         DeadLetter = "dead_letter",
-        /// A job.
+        /// A job that brings deliveries back, or discards dead letters.
         Replay = "replay",
+        /// A job that empties payloads.
+        Erasure = "erasure",
     }
 }
 

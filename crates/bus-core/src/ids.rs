@@ -74,6 +74,10 @@ id!(
     ReplayId
 );
 id!(
+    /// A job that empties payloads.
+    ErasureId
+);
+id!(
     /// An event that recurs.
     ScheduleId
 );

@@ -361,6 +361,11 @@ impl Names {
         format!("{}.dead.events.{organization}.{connection}", self.prefix)
     }
 
+    /// The dead letters of one organization.
+    pub fn all_dead(&self, organization: OrganizationId) -> String {
+        format!("{}.dead.events.{organization}.>", self.prefix)
+    }
+
     /// Messages that could not be read.
     pub fn malformed(&self) -> String {
         format!("{}.dead.events.malformed", self.prefix)

@@ -143,7 +143,7 @@ async fn a_parked_delivery_is_handed_out_when_due_and_to_one_scheduler() {
     assert_eq!(taken.len(), 1);
     assert_eq!(
         (taken[0].key, taken[0].progress, &taken[0].body),
-        (due.key, due.next, &Some(Body::Inline(Bytes::from_static(b"body"))))
+        (due.key, due.next, &Ok(Body::Inline(Bytes::from_static(b"body"))))
     );
     pg::returned(&pool, &[(due.key.id, 3)]).await.unwrap();
     let next = pg::agenda(&pool).await.unwrap().deliveries.expect("one is left").as_secs();

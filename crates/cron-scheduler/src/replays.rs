@@ -131,6 +131,9 @@ async fn event_chunk(
     if walked.is_empty() {
         return Ok(failed(replay, "event_expired"));
     }
+    if walked.iter().any(|event| event.expunged) {
+        return Ok(failed(replay, "expunged"));
+    }
     let bodies = payloads(connection, organization, &snapshot, &mut walked).await?;
     let matched: Vec<DeliveryKey> = matching(&snapshot, &walked, &bodies, organization)
         .into_iter()
@@ -205,7 +208,7 @@ async fn payloads(
 ) -> Result<Vec<Option<CloudEvent>>, StoreError> {
     let (mut bytes, mut wanted) = (0, Vec::new());
     let mut fits = events.len();
-    for (index, event) in events.iter().enumerate() {
+    for (index, event) in events.iter().enumerate().filter(|(_, event)| !event.expunged) {
         let subject = Subject { event_type: &event.r#type, publisher: event.publisher, payload: None };
         // All else fits, so the payload decides.
         let decides = |(_, mismatch): &(&Candidate, _)| *mismatch == Some(Mismatch::NoJson);
@@ -239,6 +242,10 @@ fn matching(
     organization: OrganizationId,
 ) -> Vec<(EventUid, Vec<DeliveryKey>)> {
     let of_event = |(event, body): (&WalkedEvent, &Option<CloudEvent>)| {
+        // It is passed over, and counts as looked at.
+        if event.expunged {
+            return (event.uid, Vec::new());
+        }
         let payload = body.as_ref().and_then(CloudEvent::json_payload);
         let subject = Subject { event_type: &event.r#type, publisher: event.publisher, payload };
         let key = |candidate: &Candidate| Target::from(candidate).delivery(event.uid, organization);

@@ -6,7 +6,6 @@ use bus_core::{
     ids::DeliveryId,
     pg::{self, DeadLetter},
     queue::{DeliveryQueue, Enqueue, QueueError},
-    retry::DeadReason,
 };
 use bytes::Bytes;
 use metrics::counter;
@@ -31,13 +30,13 @@ pub async fn return_due(pool: &PgPool, queue: &dyn DeliveryQueue) -> Result<Dura
     let mut deliveries = Vec::with_capacity(due.len());
     for due in &due {
         match &due.body {
-            Some(body) => {
+            Ok(body) => {
                 deliveries.push(Enqueue { key: due.key, progress: due.progress, body: body.clone() });
             }
-            None => {
-                let expired = DeadLetter::new(due.key, due.progress, DeadReason::EventExpired);
-                queue.dead_letter(&expired, &Bytes::new()).await?;
-                pg::bury(pool, &expired).await?;
+            Err(reason) => {
+                let gone = DeadLetter::new(due.key, due.progress, *reason);
+                queue.dead_letter(&gone, &Bytes::new()).await?;
+                pg::bury(pool, &gone).await?;
             }
         }
     }

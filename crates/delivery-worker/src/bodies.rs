@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bus_core::{
     ids::EventUid,
     pg::{self, StoreError},
+    retry::DeadReason,
 };
 use bytes::Bytes;
 use moka::future::Cache;
@@ -17,14 +18,14 @@ const KEEP: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone)]
 pub(crate) struct Bodies {
     pool: PgPool,
-    cache: Cache<EventUid, Option<Bytes>>,
+    cache: Cache<EventUid, Result<Bytes, DeadReason>>,
 }
 
 impl Bodies {
     pub(crate) fn new(pool: PgPool, max_bytes: u64) -> Self {
         let cache = Cache::builder()
             .max_capacity(max_bytes)
-            .weigher(|_, body: &Option<Bytes>| {
+            .weigher(|_, body: &Result<Bytes, DeadReason>| {
                 body.as_ref().map_or(1, |body| u32::try_from(body.len()).unwrap_or(u32::MAX))
             })
             .time_to_live(KEEP)
@@ -32,8 +33,8 @@ impl Bodies {
         Self { pool, cache }
     }
 
-    /// The event's bytes; `None` if it has expired.
-    pub(crate) async fn get(&self, event: EventUid) -> Result<Option<Bytes>, Arc<StoreError>> {
+    /// The event's bytes, or why there are none any more.
+    pub(crate) async fn get(&self, event: EventUid) -> Result<Result<Bytes, DeadReason>, Arc<StoreError>> {
         self.cache.try_get_with(event, pg::load_body(&self.pool, event)).await
     }
 }

@@ -243,10 +243,10 @@ impl Deliverer {
             return Ok(Err(DeadReason::ConnectionReceivesNothing));
         }
         let body = match body {
-            Body::Inline(body) => Some(body.clone()),
+            Body::Inline(body) => Ok(body.clone()),
             Body::Stored => self.bodies.get(key.event).await?,
         };
-        Ok(body.map(|body| (receiver, body)).ok_or(DeadReason::EventExpired))
+        Ok(body.map(|body| (receiver, body)))
     }
 
     /// Makes one attempt and draws its consequences, for each delivery of the parcel.

@@ -207,6 +207,17 @@ async fn deliveries(
         watch.left(operation, &reply, actor, (action, "dead_letter", &dead.id())).await;
     }
 
+    let reply = api.bare(&format!("/v1/events/{event}/expunge")).await.expect(202);
+    let target = ("erasure.created", "erasure", reply.id());
+    let record = watch.left("expungeEvent", &reply, actor, target).await;
+    assert_eq!(record.after, Some(json!({ "eventUid": event, "waiting": 0 })));
+    api.bare(&format!("/v1/events/{event}/expunge")).await.is(202);
+    watch.left_nothing("expungeEvent", "it is the same job").await;
+    let reply = api.post("/v1/erasures", json!({})).await.expect(202);
+    let target = ("erasure.created", "erasure", reply.id());
+    let record = watch.left("createErasure", &reply, actor, target).await;
+    assert_eq!(record.after, Some(json!({ "eventUid": null, "waiting": 0 })));
+
     let replayed = publish().await;
     let since = json!({ "since": "2020-01-01T00:00:00Z" });
     let letters = json!({ "filter": { "connectionId": hook }, "perSecond": 5 });

@@ -21,6 +21,7 @@ struct Victim {
     event: String,
     dead_letter: String,
     replay: String,
+    erasure: String,
     schedule: String,
     waiting: String,
 }
@@ -44,7 +45,7 @@ use Expected::{EmptyList, Forbidden, NoSuchId, NotFound, Own};
 /// The table: what a stranger tries, for every operation of the document.
 fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>, Expected)>> {
     let Victim { tenant, connection, publisher, subscription, key, event, dead_letter, replay, .. } = victim;
-    let Victim { schedule, waiting, .. } = victim;
+    let Victim { schedule, waiting, erasure, .. } = victim;
     let organizations = "/v1/admin/organizations";
     let organization = format!("{organizations}/{}", tenant.id);
     let path = |collection: &str, id: &str| format!("/v1/{collection}/{id}");
@@ -199,6 +200,15 @@ fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>
                 (path, Some(filter), Own(202)),
             ]
         }
+        "expungeEvent" => vec![
+            (format!("/v1/events/{event}/expunge"), None, NotFound),
+            (format!("/v1/events/{waiting}/expunge"), None, NotFound),
+            ("/v1/events/secret-id/expunge?source=/elsewhere".into(), None, NotFound),
+        ],
+        // What such a job does, also one that names a foreign event, is tested with the archiver.
+        "createErasure" => vec![("/v1/erasures".into(), Some(json!({})), Own(202))],
+        "listErasures" => vec![("/v1/erasures".into(), None, EmptyList)],
+        "getErasure" => vec![(path("erasures", erasure), None, NotFound)],
         "listReplays" => vec![("/v1/replays".into(), None, EmptyList)],
         "getReplay" => vec![(path("replays", replay), None, NotFound)],
         "cancelReplay" => vec![(format!("/v1/replays/{replay}/cancel"), None, NotFound)],
@@ -262,7 +272,10 @@ async fn try_one(
         NotFound if not_admin && path.starts_with("/v1/admin/") => {
             problem(&reply, 403, "forbidden");
         }
-        _ if not_admin && path.starts_with("/v1/audit") => {
+        _ if not_admin && ["/v1/audit", "/v1/erasures"].iter().any(|of| path.starts_with(of)) => {
+            problem(&reply, 403, "forbidden");
+        }
+        _ if not_admin && path.contains("/expunge") => {
             problem(&reply, 403, "forbidden");
         }
         NotFound => {
@@ -290,6 +303,7 @@ async fn try_one(
         &victim.event,
         &victim.dead_letter,
         &victim.replay,
+        &victim.erasure,
         &victim.schedule,
         &victim.waiting,
         &victim.tenant.id,
@@ -313,10 +327,25 @@ async fn furnish(bus: &Bus, pool: &PgPool) -> Victim {
     let replay = tenant.api.post("/v1/dead-letters/replay", all).await.expect(202).id().to_owned();
     let dead_letter = dead.id();
     let schedule = tenant.api.post("/v1/events", daily(0)).await.expect(201).id().to_owned();
+    let admin = tenant.key(json!({ "scopes": ["admin"] })).await;
+    let erasure = json!({ "eventUid": "01890000-0000-7000-8000-000000000001" });
+    let erasure = admin.post("/v1/erasures", erasure).await.expect(202).id().to_owned();
     let soon = common::ahead(pool, 3_600).await;
     let later = json!({ "type": "order.created", "id": "secret-later", "deliverAt": soon });
     let waiting = tenant.api.post("/v1/events", later).await.expect(202).text("/uid").to_owned();
-    Victim { tenant, connection, publisher, subscription, key, event, dead_letter, replay, schedule, waiting }
+    Victim {
+        tenant,
+        connection,
+        publisher,
+        subscription,
+        key,
+        event,
+        dead_letter,
+        replay,
+        erasure,
+        schedule,
+        waiting,
+    }
 }
 
 /// An event that recurs each day at that hour.
@@ -329,7 +358,7 @@ async fn undo(stranger: &Caller, pool: &PgPool, organization: &str) {
     for connection in stranger.all("/v1/connections", 50).await {
         stranger.delete(&format!("/v1/connections/{}", connection["id"].as_str().unwrap())).await.is(204);
     }
-    for table in ["events", "event_keys", "replays", "schedules"] {
+    for table in ["events", "event_keys", "replays", "erasures", "schedules"] {
         let statement = format!("DELETE FROM {table} WHERE organization_id = $1::uuid");
         sqlx::query(sqlx::AssertSqlSafe(statement)).bind(organization).execute(pool).await.unwrap();
     }

@@ -1,7 +1,9 @@
 //! `cargo xtask archive`.
 
+mod expunge;
 mod ls;
 mod query;
+mod restore;
 mod verify;
 
 use std::{collections::HashMap, env, fs, path::PathBuf};
@@ -25,7 +27,7 @@ const VARIABLES: &str = "EVENT_BUS_COLD__";
 /// The key that is never in a file that others may read.
 const SECRET: &str = "secret_access_key";
 
-/// Look into the cold storage: what is there, whether it is whole, and rows of it. Credentials are taken from the
+/// Look into the cold storage: what is there, whether it is whole, and rows of it; put rows back, and empty payloads. Credentials are taken from the
 /// configuration, from EVENT_BUS_COLD__ACCESS_KEY_ID and EVENT_BUS_COLD__SECRET_ACCESS_KEY, or from the usual sources
 /// of AWS.
 #[derive(Debug, Args)]
@@ -48,6 +50,10 @@ enum Action {
     Verify,
     /// Show rows
     Query(query::Query),
+    /// Put rows back into the database that expired there
+    Restore(restore::Restore),
+    /// Empty payloads, in cold storage alone; no archiver may use it meanwhile
+    Expunge(expunge::Expunge),
 }
 
 impl Archive {
@@ -58,6 +64,8 @@ impl Archive {
             Action::Ls(ls) => ls.run(&cold).await,
             Action::Verify => verify::run(&cold).await,
             Action::Query(query) => query.run(&cold).await,
+            Action::Restore(restore) => restore.run(&cold).await,
+            Action::Expunge(expunge) => expunge.run(&cold).await,
         }
     }
 

@@ -87,6 +87,17 @@ fn position(row: &PgRow) -> Result<ArchivePosition, sqlx::Error> {
     })
 }
 
+/// How far a source is, whoever holds its lease; `None` if nothing of it was ever archived.
+pub async fn archive_position(pool: &PgPool, source: &str) -> Result<Option<ArchivePosition>, StoreError> {
+    const OPERATION: &str = "read how far an archive source is";
+    let row = sqlx::query("SELECT incarnation, next, after FROM archive_sources WHERE source = $1")
+        .bind(source)
+        .fetch_optional(pool)
+        .await
+        .during(OPERATION)?;
+    row.as_ref().map(position).transpose().during(OPERATION)
+}
+
 /// Holds the lease for so long from now; `false` if somebody else has taken it.
 pub async fn renew_archive_lease(
     pool: &PgPool,

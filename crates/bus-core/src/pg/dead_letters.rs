@@ -309,7 +309,8 @@ pub enum DeadLetterAction {
     Discard,
 }
 
-/// Replays or discards those of the deliveries that are dead; says how many were. A discarded one is cancelled,
+/// Replays or discards those of the deliveries that are dead; says how many were. One whose event was expunged is not
+/// replayed: there is nothing to deliver. A discarded one is cancelled,
 /// so that neither a late result nor a replay brings it back. Whoever asked for it is on record by then: a job is, from
 /// its creation on, and [`settle_dead_letter`] sees to it for one.
 pub async fn settle_dead_letters(
@@ -328,7 +329,8 @@ pub async fn settle_dead_letters(
                  connection_version = coalesce((SELECT c.version FROM connections c WHERE c.id = p.connection_id),
                                                p.connection_version)
              WHERE p.delivery_id = ANY ($3) AND p.organization_id = $1
-               AND ($2::uuid IS NULL OR p.connection_id = $2) AND p.state = 'dead'"
+               AND ($2::uuid IS NULL OR p.connection_id = $2) AND p.state = 'dead'
+               AND NOT EXISTS (SELECT FROM events e WHERE e.uid = p.event_uid AND e.expunged_at IS NOT NULL)"
         }
         DeadLetterAction::Discard => {
             "UPDATE delivery_states p SET state = 'cancelled', reason = 'discarded', changed_at = now()
@@ -346,7 +348,8 @@ pub async fn settle_dead_letters(
     Ok(settled.rows_affected())
 }
 
-/// Replays or discards one dead letter, as [`settle_dead_letters`] does. False if there is no such dead letter.
+/// Replays or discards one dead letter, as [`settle_dead_letters`] does. False if there is no such dead letter, or it
+/// cannot be replayed.
 pub async fn settle_dead_letter(
     pool: &PgPool,
     whose: Whose,

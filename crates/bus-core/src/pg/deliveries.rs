@@ -58,8 +58,8 @@ pub struct Due {
     pub key: DeliveryKey,
     /// How far it has come.
     pub progress: Progress,
-    /// The event's bytes, as far as the queue carries them; `None` if it has expired meanwhile.
-    pub body: Option<Body>,
+    /// The event's bytes, as far as the queue carries them, or why there are none any more.
+    pub body: Result<Body, DeadReason>,
 }
 
 /// A delivery that is given up.
@@ -151,7 +151,7 @@ pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due
              WHERE p.delivery_id = due.delivery_id
              RETURNING p.*
          )
-         SELECT t.*, EXISTS (SELECT FROM events e WHERE e.uid = t.event_uid) AS stored,
+         SELECT t.*, (SELECT e.expunged_at IS NOT NULL FROM events e WHERE e.uid = t.event_uid) AS expunged,
                 (SELECT e.body FROM events e WHERE e.uid = t.event_uid AND octet_length(e.body) <= $3) AS body
          FROM taken t ORDER BY t.due_at, t.delivery_id",
     )
@@ -166,12 +166,12 @@ pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due
 
 fn due(row: &PgRow) -> Result<Due, sqlx::Error> {
     let body: Option<Vec<u8>> = row.try_get("body")?;
-    let stored: bool = row.try_get("stored")?;
-    Ok(Due {
-        key: key(row)?,
-        progress: progress(row)?,
-        body: body.map(|body| Body::Inline(body.into())).or_else(|| stored.then_some(Body::Stored)),
-    })
+    let body = match row.try_get::<Option<bool>, _>("expunged")? {
+        None => Err(DeadReason::EventExpired),
+        Some(true) => Err(DeadReason::Expunged),
+        Some(false) => Ok(body.map_or(Body::Stored, |body| Body::Inline(body.into()))),
+    };
+    Ok(Due { key: key(row)?, progress: progress(row)?, body })
 }
 
 /// The key in a row with the columns of `delivery_states` or `delivery_queue`.
@@ -462,12 +462,17 @@ pub async fn sweep_states(pool: &PgPool, keep: Duration, limit: u32) -> Result<u
     Ok(swept.rows_affected())
 }
 
-/// The CloudEvent of a delivery that travels without it.
-pub async fn load_body(pool: &PgPool, event: EventUid) -> Result<Option<Bytes>, StoreError> {
-    let body: Option<Vec<u8>> = sqlx::query_scalar("SELECT body FROM events WHERE uid = $1")
-        .bind(event.0)
-        .fetch_optional(pool)
-        .await
-        .during("read an event's body")?;
-    Ok(body.map(Bytes::from))
+/// The CloudEvent of a delivery that travels without it, or why there is none any more.
+pub async fn load_body(pool: &PgPool, event: EventUid) -> Result<Result<Bytes, DeadReason>, StoreError> {
+    let found: Option<(Vec<u8>, bool)> =
+        sqlx::query_as("SELECT body, expunged_at IS NOT NULL FROM events WHERE uid = $1")
+            .bind(event.0)
+            .fetch_optional(pool)
+            .await
+            .during("read an event's body")?;
+    Ok(match found {
+        None => Err(DeadReason::EventExpired),
+        Some((_, true)) => Err(DeadReason::Expunged),
+        Some((body, false)) => Ok(body.into()),
+    })
 }

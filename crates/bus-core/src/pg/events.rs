@@ -40,8 +40,11 @@ pub struct StoredEvent {
     pub publisher: Option<ConnectionId>,
     /// The subscriptions that matched.
     pub subscriptions: Vec<SubscriptionId>,
-    /// The CloudEvent in the JSON event format, as it is delivered; [`events`] reads it only on request.
+    /// The CloudEvent in the JSON event format, as it is delivered; [`events`] reads it only on request. None if it
+    /// was erased.
     pub body: Option<Bytes>,
+    /// When its payload was erased.
+    pub expunged_at: Option<Timestamp>,
 }
 
 /// Which events [`events`] gives.
@@ -84,6 +87,7 @@ struct EventRow {
     publisher: Option<Uuid>,
     subscriptions: Vec<Uuid>,
     size: i32,
+    expunged_at: Option<jiff_sqlx::Timestamp>,
     body: Option<Vec<u8>>,
 }
 
@@ -99,14 +103,16 @@ impl From<EventRow> for StoredEvent {
             received_at: row.received_at.to_jiff(),
             publisher: row.publisher.map(ConnectionId),
             subscriptions: row.subscriptions.into_iter().map(SubscriptionId).collect(),
-            body: row.body.map(Bytes::from),
+            body: row.body.filter(|_| row.expunged_at.is_none()).map(Bytes::from),
+            expunged_at: row.expunged_at.map(jiff_sqlx::Timestamp::to_jiff),
         }
     }
 }
 
 macro_rules! columns {
     () => {
-        "uid, id, source, type, subject, time, received_at, publisher, subscriptions, octet_length(body) AS size"
+        "uid, id, source, type, subject, time, received_at, publisher, subscriptions, expunged_at, \
+         octet_length(body) AS size"
     };
 }
 

@@ -9,6 +9,7 @@ pub mod audit;
 mod connections;
 mod dead_letters;
 mod deliveries;
+mod erasures;
 mod events;
 mod history;
 mod keys;
@@ -19,6 +20,7 @@ mod publish;
 mod receipts;
 mod receivers;
 mod replays;
+mod restore;
 mod scheduled;
 mod schedules;
 mod snapshot;
@@ -34,9 +36,9 @@ use sqlx::{
 };
 
 pub use self::{
-    agenda::*, archive::*, connections::*, dead_letters::*, deliveries::*, events::*, history::*, keys::*,
-    organizations::*, outbox::*, partitions::*, publish::*, receipts::*, receivers::*, replays::*,
-    scheduled::*, schedules::*, snapshot::*, subscriptions::*,
+    agenda::*, archive::*, connections::*, dead_letters::*, deliveries::*, erasures::*, events::*,
+    history::*, keys::*, organizations::*, outbox::*, partitions::*, publish::*, receipts::*, receivers::*,
+    replays::*, restore::*, scheduled::*, schedules::*, snapshot::*, subscriptions::*,
 };
 use crate::config::PostgresConfig;
 

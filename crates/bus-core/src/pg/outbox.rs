@@ -140,7 +140,9 @@ pub async fn load_fan_out(pool: &PgPool, events: &[EventUid]) -> Result<Vec<Stor
     const OPERATION: &str = "read a fan-out";
     let uids: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
     let events = sqlx::query(
-        "SELECT uid, organization_id, subscriptions, CASE WHEN octet_length(body) <= $2 THEN body END AS body
+        // Of an event that was expunged there is nothing to carry: whoever reads it from the store is told.
+        "SELECT uid, organization_id, subscriptions,
+                CASE WHEN octet_length(body) <= $2 AND expunged_at IS NULL THEN body END AS body
          FROM events WHERE uid = ANY($1) ORDER BY uid",
     )
     .bind(&uids)

@@ -117,7 +117,8 @@ pub async fn day_rows(
     let sql = match table {
         DayTable::Events => {
             "SELECT uid, organization_id, id, source, type, subject, time, publisher, received_at,
-                    to_jsonb(subscriptions)::text AS subscriptions, body, expunged_at, uid AS key
+                    to_jsonb(subscriptions)::text AS subscriptions,
+                    CASE WHEN expunged_at IS NULL THEN body END AS body, expunged_at, uid AS key
              FROM events WHERE uid >= $1 AND uid < $2 AND uid > $3
              ORDER BY uid FETCH FIRST $4 ROWS WITH TIES"
         }

@@ -87,7 +87,7 @@ impl PostgresQueue {
                  WHERE q.delivery_id = due.delivery_id
                  RETURNING q.*
              )
-             SELECT c.*, (SELECT e.body FROM events e WHERE e.uid = c.event_uid) AS body
+             SELECT c.*, (SELECT e.body FROM events e WHERE e.uid = c.event_uid AND e.expunged_at IS NULL) AS body
              FROM claimed c ORDER BY c.position",
         )
         .bind(i16::try_from(lane).unwrap_or(i16::MAX))

@@ -81,13 +81,15 @@ pub enum DeadReason {
     ConnectionReceivesNothing,
     /// Its event is no longer stored.
     EventExpired,
+    /// Its event's payload was erased.
+    Expunged,
     /// It was handed out time and again without any result: it takes its workers down with it.
     RedeliveredTooOften,
 }
 
 impl DeadReason {
     /// All reasons.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::AttemptsExhausted,
         Self::Expired,
         Self::FinalStatus,
@@ -96,6 +98,7 @@ impl DeadReason {
         Self::ConnectionDisabled,
         Self::ConnectionReceivesNothing,
         Self::EventExpired,
+        Self::Expunged,
         Self::RedeliveredTooOften,
     ];
 
@@ -110,6 +113,7 @@ impl DeadReason {
             Self::ConnectionDisabled => "connection_disabled",
             Self::ConnectionReceivesNothing => "connection_receives_nothing",
             Self::EventExpired => "event_expired",
+            Self::Expunged => "expunged",
             Self::RedeliveredTooOften => "redelivered_too_often",
         }
     }

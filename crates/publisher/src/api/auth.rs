@@ -208,6 +208,8 @@ requirements! {
     PublishLater = Publish;
     /// Audit records.
     Audit = Admin;
+    /// Payloads, to erase them.
+    Erase = Admin;
 }
 
 /// A principal who may do what `R` asks for; looked up in the database, so that a revoked key ends at

@@ -24,10 +24,10 @@ use super::{
     Api,
     auth::{Authorized, Look, Manage, Principal, Recorded},
     extract::{Id, Query},
-    openapi::{JobProblems, ListProblems, OneProblems},
+    openapi::{DeadLetterJobProblems, JobProblems, ListProblems, OneProblems},
     page::{Limit, Page},
     problem::{FieldError, Problem},
-    replays::{JobKeyHeader, Keyed, ReplayView, Wanted, start},
+    replays::{JobKeyHeader, Keyed, ReplayView, Wanted, expunged, start},
 };
 
 /// The most dead letters that one request names.
@@ -282,7 +282,7 @@ pub(super) async fn discard(
     tag = "dead-letters",
     operation_id = "replayDeadLetter",
     params(("id" = Uuid, Path, description = "The delivery")),
-    responses((status = 202, description = "It will be tried again"), OneProblems),
+    responses((status = 202, description = "It will be tried again"), DeadLetterJobProblems),
     security(("apiKey" = ["subscribe"]))
 )]
 pub(super) async fn replay(
@@ -302,10 +302,20 @@ async fn settle(
     by: &By,
 ) -> Result<(), Problem> {
     if !pg::settle_dead_letter(&api.pool, principal.whose(), id, action, by).await? {
-        return Err(Problem::not_found());
+        return Err(not_settled(api, principal, id).await?);
     }
     api.hints.notify(Hint::Due).await;
     Ok(())
+}
+
+/// Why there was nothing to do.
+async fn not_settled(api: &Api, principal: &Principal, id: DeliveryId) -> Result<Problem, Problem> {
+    let Some(dead) = pg::dead_letter(&api.pool, principal.whose(), id).await? else {
+        return Ok(Problem::not_found());
+    };
+    let event = pg::event(&api.pool, principal.organization, dead.event).await?;
+    let gone = event.is_some_and(|event| event.expunged_at.is_some());
+    Ok(if gone { expunged() } else { Problem::not_found() })
 }
 
 /// Which dead letters: either `ids` or `filter`

@@ -106,6 +106,10 @@ pub(super) struct EventView {
     /// The subscriptions that matched; of an event that is due later those that match then.
     #[schema(value_type = Vec<Uuid>)]
     subscriptions: Vec<SubscriptionId>,
+    /// When its payload was erased: there is no `event` then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    expunged_at: Option<Timestamp>,
     /// The CloudEvent in the JSON format, as it is delivered.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<CloudEventBody>)]
@@ -140,6 +144,7 @@ impl TryFrom<ScheduledEvent> for EventView {
             deliver_at: Some(due_at),
             publisher: event.publisher,
             subscriptions: Vec::new(),
+            expunged_at: None,
             event: body,
         })
     }
@@ -163,6 +168,7 @@ impl TryFrom<StoredEvent> for EventView {
             received_at: stored.received_at,
             publisher: stored.publisher,
             subscriptions: stored.subscriptions,
+            expunged_at: stored.expunged_at,
             event,
         })
     }

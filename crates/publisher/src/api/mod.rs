@@ -8,6 +8,7 @@ mod connections;
 mod dead_letters;
 mod deliveries;
 mod drain;
+mod erasures;
 mod events;
 mod explain;
 mod extract;
@@ -101,6 +102,7 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(acks::ack))
         .routes(routes!(cancel::cancel))
         .routes(routes!(replays::replay_event))
+        .routes(routes!(erasures::expunge))
         .routes(routes!(schedules::list))
         .routes(routes!(schedules::get))
         .routes(routes!(schedules::occurrences))
@@ -116,6 +118,8 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(replays::list))
         .routes(routes!(replays::get))
         .routes(routes!(replays::cancel))
+        .routes(routes!(erasures::create, erasures::list))
+        .routes(routes!(erasures::get))
         .routes(routes!(connections::create, connections::list))
         .routes(routes!(connections::get, connections::change, connections::delete))
         .routes(routes!(sync::sync))

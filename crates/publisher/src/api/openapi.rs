@@ -27,6 +27,7 @@ use super::problem::{FieldError, PROBLEM_JSON, ProblemBody, ProblemType};
         (name = "schedules", description = "Events that recur"),
         (name = "dead-letters", description = "Deliveries that were given up"),
         (name = "replays", description = "Jobs that bring deliveries back, or discard dead letters"),
+        (name = "erasures", description = "Jobs that empty payloads"),
         (name = "connections", description = "Who publishes, and where events go"),
         (name = "subscriptions", description = "What a connection receives"),
         (name = "admin", description = "Organizations and their API keys"),
@@ -160,8 +161,15 @@ problem_sets! {
     /// Starting a job about a subscription.
     SubscriptionJobProblems = MalformedRequest, MalformedJson, InvalidIdempotencyKey, NotFound, RequestTimeout,
         LimitReached, TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused, Overloaded;
+    /// Erasing payloads.
+    ErasureProblems = MalformedRequest, MalformedJson, RequestTimeout, LimitReached, NotPublished, TooLarge,
+        UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Erasing an event's payload.
+    EventErasureProblems = NotFound, AmbiguousEvent, LimitReached, NotPublished, InvalidFields;
+    /// Replaying a dead letter.
+    DeadLetterJobProblems = NotFound, Expunged;
     /// Starting a job about an event.
     EventJobProblems = MalformedRequest, MalformedJson, InvalidIdempotencyKey, NotFound, RequestTimeout,
-        AmbiguousEvent, LimitReached, NotPublished, TooLarge, UnsupportedMediaType, InvalidFields,
+        AmbiguousEvent, LimitReached, NotPublished, Expunged, TooLarge, UnsupportedMediaType, InvalidFields,
         IdempotencyKeyReused, Overloaded;
 }

@@ -79,11 +79,13 @@ problems! {
     SubscriptionExists "subscription-exists" CONFLICT "There is a subscription like that already"
         "The change would make the subscription equal to another one of its connection.";
     LimitReached "limit-reached" CONFLICT "A limit of the organization is reached"
-        "The organization has the most subscriptions, the most memory for their filters, the most unfinished replays, or the most schedules that it can have.";
+        "The organization has the most subscriptions, the most memory for their filters, the most unfinished replays or erasures, or the most schedules that it can have.";
     AmbiguousEvent "ambiguous-event" CONFLICT "Several events have this id"
         "Several events have this CloudEvents id; `uids` names them, newest first, at most 20.";
     NotPublished "not-published" CONFLICT "The event is not published"
         "The event is due later, or was cancelled before it was due.";
+    Expunged "expunged" CONFLICT "The event's payload was erased"
+        "The payload of the event was erased, so that nothing can be delivered.";
     ScheduleTaken "schedule-taken" CONFLICT "The schedule belongs to another connection"
         "Another connection of the organization has a schedule with this type, source, cron and time zone.";
     ScheduleOver "schedule-over" CONFLICT "The schedule is over"

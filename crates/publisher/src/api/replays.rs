@@ -13,7 +13,7 @@ use bus_core::{
     notify::Hint,
     pg::{
         self, CreateReplay, DeadLetterAction, MAX_OPEN_REPLAYS, MAX_PER_SECOND, NewReplay, Replay,
-        ReplayState, Selection, Whose,
+        ReplayState, Selection, StoredEvent, Whose,
     },
 };
 use jiff::Timestamp;
@@ -277,19 +277,28 @@ pub(super) async fn replay_event(
             "the event is due later, or was cancelled; there is nothing to replay before it is published",
         ));
     }
+    let stored = pg::event(&api.pool, principal.organization, event).await?.ok_or_else(Problem::not_found)?;
+    if stored.expunged_at.is_some() {
+        return Err(expunged());
+    }
     let (mut whose, subscription) = (principal.whose(), body.value.subscription_id);
     if let Some(subscription) = subscription {
-        whose.only = Some(check_match(&api, &principal, event, subscription).await?);
+        whose.only = Some(check_match(&api, &principal, stored, subscription).await?);
     }
     let selection = Selection::Event { event, subscription };
     start(&api, Wanted { whose, selection, per_second: None, request: body.request }, &by).await
+}
+
+/// There is nothing to deliver any more.
+pub(super) fn expunged() -> Problem {
+    Problem::new(ProblemType::Expunged, "the event's payload was erased; there is nothing to replay")
 }
 
 /// Refuses if the subscription does not match the event now; gives its connection.
 async fn check_match(
     api: &Api,
     principal: &Principal,
-    event: EventUid,
+    stored: StoredEvent,
     subscription: SubscriptionId,
 ) -> Result<ConnectionId, Problem> {
     let refused = |detail: &str| Problem::invalid_at("/subscriptionId", detail);
@@ -298,9 +307,8 @@ async fn check_match(
     drop(connection);
     let found = snapshot.candidate(subscription).filter(|found| principal.sees(found.connection));
     let Some(candidate) = found else { return Err(refused("there is no such subscription")) };
-    let stored = pg::event(&api.pool, principal.organization, event).await?.ok_or_else(Problem::not_found)?;
     let body = CloudEvent::from_structured(&stored.body.unwrap_or_default()).map_err(|error| {
-        tracing::error!(event.uid = %event, %error, "Stored event cannot be read");
+        tracing::error!(event.uid = %stored.uid, %error, "Stored event cannot be read");
         Problem::internal()
     })?;
     let subject =

@@ -25,6 +25,8 @@ pub struct WalkedEvent {
     pub publisher: Option<ConnectionId>,
     /// How large its body is, bytes.
     pub size: u64,
+    /// Whether its payload was erased: there is nothing to deliver.
+    pub expunged: bool,
 }
 
 /// Which stored events, by uid.
@@ -50,7 +52,7 @@ pub async fn walk_events(
     // Rows are compared, as in the list of events, so that the planner takes these indexes and no other.
     let key = if exact.is_some() { "organization_id, type, uid" } else { "organization_id, uid" };
     let mut query = QueryBuilder::<Postgres>::new(
-        "SELECT uid, type, publisher, octet_length(body)::int8 FROM events WHERE ",
+        "SELECT uid, type, publisher, octet_length(body)::int8, expunged_at IS NOT NULL FROM events WHERE ",
     );
     for (index, (comparison, uid)) in [(" >= (", walk.from), (" < (", walk.until)].into_iter().enumerate() {
         query.push(if index > 0 { " AND (" } else { "(" }).push(key).push(")").push(comparison);
@@ -62,15 +64,16 @@ pub async fn walk_events(
     }
     query.push(" ORDER BY ").push(key).push(" LIMIT ");
     query.push_bind(i64::try_from(walk.limit).unwrap_or(i64::MAX));
-    let rows: Vec<(Uuid, String, Option<Uuid>, i64)> =
+    let rows: Vec<(Uuid, String, Option<Uuid>, i64, bool)> =
         query.build_query_as().fetch_all(connection).await.during("walk through stored events")?;
     Ok(rows
         .into_iter()
-        .map(|(uid, r#type, publisher, size)| WalkedEvent {
+        .map(|(uid, r#type, publisher, size, expunged)| WalkedEvent {
             uid: EventUid(uid),
             r#type,
             publisher: publisher.map(ConnectionId),
             size: u64::try_from(size).unwrap_or(0),
+            expunged,
         })
         .collect())
 }
