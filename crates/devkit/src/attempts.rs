@@ -103,8 +103,8 @@ impl Told {
     fn by_parquet(cold: &Path) -> Result<Self> {
         let files = format!("{}/domain=receipts/**/*.parquet", cold.display());
         let query = format!(
-            "SELECT org::text AS organization, delivery::text AS delivery, date::text AS day, attempt, outcome, status
-             FROM read_parquet('{files}', hive_partitioning = true) ORDER BY turn, at"
+            r#"SELECT org::text AS organization, delivery::text AS delivery, "date"::text AS day, attempt, outcome, status
+             FROM read_parquet('{files}', hive_partitioning = true) ORDER BY turn, "at""#
         );
         let mut told = Self::default();
         for row in independent::parquet(&[&query])?.into_iter().flatten() {
