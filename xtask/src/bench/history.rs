@@ -54,7 +54,7 @@ impl History {
             load.publish(self.events).await?;
             load.settle(&stack, self.events, DEADLINE).await
         };
-        let (worked, behind) = tokio::join!(work, sample(&load, &stop));
+        let (worked, lag) = tokio::join!(work, sample(&load, &stop));
         worked?;
         let elapsed = begun.elapsed();
         step.done();
@@ -79,10 +79,11 @@ impl History {
             account.days
         ));
         ui::line(format!(
-            "history was behind: p50 {} ms, max {} ms ({} samples); {:.0} deliveries/s",
-            behind.get(behind.len() / 2).copied().unwrap_or_default(),
-            behind.last().copied().unwrap_or_default(),
-            behind.len(),
+            "history was behind: p50 {} ms, max {} ms ({} samples, {} unanswered); {:.0} deliveries/s",
+            lag.behind.get(lag.behind.len() / 2).copied().unwrap_or_default(),
+            lag.behind.last().copied().unwrap_or_default(),
+            lag.behind.len(),
+            lag.unanswered,
             self.events as f64 / elapsed.as_secs_f64()
         ));
         ui::line(paint(STRONG, format!("history: events {}, {account}", self.events)));
@@ -100,15 +101,24 @@ impl History {
     }
 }
 
-/// How far history is behind until `stop`, milliseconds, in ascending order.
-async fn sample(load: &Load, stop: &CancellationToken) -> Vec<u64> {
-    let mut behind = Vec::new();
+/// How far history was behind while it ran.
+#[derive(Debug, Default)]
+struct Lag {
+    /// Milliseconds, in ascending order.
+    behind: Vec<u64>,
+    /// Questions that the API could not answer: there was no event yet, or the bus was too busy.
+    unanswered: usize,
+}
+
+/// Asks until `stop`.
+async fn sample(load: &Load, stop: &CancellationToken) -> Lag {
+    let mut lag = Lag::default();
     while stop.run_until_cancelled(tokio::time::sleep(SAMPLE)).await.is_some() {
-        // There may be no event yet, and an answer may be late on a busy machine: then that sample is missing.
-        if let Ok(Some(sample)) = load.behind_ms().await {
-            behind.push(sample);
+        match load.behind_ms().await {
+            Ok(Some(behind)) => lag.behind.push(behind),
+            Ok(None) | Err(_) => lag.unanswered += 1,
         }
     }
-    behind.sort_unstable();
-    behind
+    lag.behind.sort_unstable();
+    lag
 }
