@@ -5,6 +5,7 @@
 //! that answers as a script says, and [`client`] speaks the HTTP API. What a test owns dies with the test,
 //! also when the test is killed.
 
+pub mod attempts;
 pub mod client;
 pub mod database;
 pub mod independent;

@@ -4,6 +4,8 @@
 
 mod clock;
 mod due;
+mod history;
+mod history_cost;
 
 use std::path::PathBuf;
 
@@ -39,17 +41,24 @@ enum What {
     Clock(clock::Clock),
     /// Events that are all due in the same second
     Due(due::Due),
+    /// History and cold storage, compared with what the receiver saw
+    History(history::History),
+    /// What history costs the database, written in bulk and row by row
+    HistoryCost(history_cost::HistoryCost),
 }
 
 impl Bench {
     pub(crate) async fn run(self) -> Result<()> {
-        let bin_dir = match self.bin_dir {
-            Some(dir) => dir,
-            None => build_binaries(!self.debug)?,
+        let binaries = || match &self.bin_dir {
+            Some(dir) => Ok(dir.clone()),
+            None => build_binaries(!self.debug),
         };
         match self.what {
-            What::Clock(clock) => clock.run(bin_dir).await,
-            What::Due(due) => due.run(bin_dir).await,
+            What::Clock(clock) => clock.run(binaries()?).await,
+            What::Due(due) => due.run(binaries()?).await,
+            What::History(history) => history.run(binaries()?).await,
+            // Postgres alone.
+            What::HistoryCost(cost) => cost.run().await,
         }
     }
 }

@@ -4,6 +4,7 @@
 use std::fs;
 #[cfg(not(target_os = "linux"))]
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::{
@@ -69,6 +70,28 @@ pub fn processes_with_argument(argument: &str) -> Result<Vec<ProcessId>> {
     Ok(running(all()?.into_iter().filter(|(pid, _)| has_argument(*pid, argument))))
 }
 
+/// The time that processors have given to a process and its children so far, in steps of 10 ms; those that have ended
+/// are in it. Ask while none of them ends, or it may be left out or counted twice.
+///
+/// # Errors
+/// If the system's table of processes cannot be read, or is not Linux's.
+#[cfg(target_os = "linux")]
+pub fn processor_time(parent: u32) -> Result<Duration> {
+    let children = all()?.into_iter().filter(|(_, seen)| seen.parent == parent).map(|(pid, _)| pid);
+    let own = ticks(parent).with_context(|| format!("process {parent} has ended"))?;
+    let ticks = own + children.filter_map(ticks).sum::<u64>();
+    Ok(Duration::from_millis(ticks * TICK_MS))
+}
+
+/// See the other one.
+///
+/// # Errors
+/// Always.
+#[cfg(not(target_os = "linux"))]
+pub fn processor_time(_: u32) -> Result<Duration> {
+    anyhow::bail!("only Linux says how much processor time the children of a process took")
+}
+
 fn running(found: impl Iterator<Item = (u32, Seen)>) -> Vec<ProcessId> {
     found
         .filter(|(_, seen)| !seen.ended)
@@ -96,6 +119,19 @@ fn look(pid: u32) -> Option<Seen> {
         started: format!("{} {}", boot.trim(), fields.get(19)?),
         ended: matches!(*fields.first()?, "Z" | "X"),
     })
+}
+
+/// The unit of times in `/proc`: what Linux shows to programs does not depend on the kernel's own clock.
+#[cfg(target_os = "linux")]
+const TICK_MS: u64 = 10;
+
+/// What a process, and its children that it has waited for, have used.
+#[cfg(target_os = "linux")]
+fn ticks(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // As in `look`: utime, stime, cutime, cstime are 11 to 14.
+    let fields = stat.rsplit_once(')')?.1.split_whitespace();
+    fields.skip(11).take(4).map(|field| field.parse::<u64>().ok()).sum()
 }
 
 #[cfg(target_os = "linux")]
@@ -147,10 +183,7 @@ fn parse(table: &str) -> Vec<(u32, Seen)> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::missing_docs_in_private_items)]
 
-    use std::{
-        process::{Command, Stdio},
-        time::Duration,
-    };
+    use std::process::{Command, Stdio};
 
     use super::*;
     use crate::poll;
@@ -177,6 +210,24 @@ mod tests {
         .unwrap();
         assert!(!children_of(std::process::id()).unwrap().contains(&id));
         child.wait().unwrap();
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_time_of_a_child_counts_while_it_runs_and_when_it_has_ended() {
+        let own = std::process::id();
+        let count = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; echo; read -r _";
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", count]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let before = processor_time(own).unwrap();
+        let mut child = shell.spawn().unwrap();
+        // It has counted when it says something.
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let running = processor_time(own).unwrap();
+        assert!(running >= before + Duration::from_millis(TICK_MS), "{before:?}, {running:?}");
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(processor_time(own).unwrap() >= running);
     }
 
     #[test]

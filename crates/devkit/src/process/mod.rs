@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 pub use rustix::process::Signal;
 
-pub use self::identity::{ProcessId, children_of, processes_with_argument};
+pub use self::identity::{ProcessId, children_of, processes_with_argument, processor_time};
 use crate::poll;
 
 /// Whether a process dies with the one that started it.

@@ -205,6 +205,7 @@ impl Shared {
         let state = &mut *guard;
         let path = state.paths.entry(request.path.clone()).or_default();
         path.count += 1;
+        let answer = path.script.next(&request);
         state.kept += request.body.len() + REQUEST_COST;
         path.received.push_back(request);
         while state.kept > MAX_KEPT
@@ -212,7 +213,6 @@ impl Shared {
         {
             state.kept -= oldest.body.len() + REQUEST_COST;
         }
-        let answer = path.script.next();
         drop(guard);
         self.changed.send_replace(());
         answer

@@ -1,12 +1,14 @@
 //! What a receiver answers.
 
-use std::{collections::VecDeque, convert::Infallible, time::Duration};
+use std::{collections::VecDeque, convert::Infallible, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::stream;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::body::Frame;
+
+use super::Received;
 
 /// How many bytes an endless body yields at a time.
 const CHUNK: usize = 16 * 1024;
@@ -110,14 +112,36 @@ impl Answer {
 #[derive(Debug, Clone)]
 pub struct Script {
     first: VecDeque<Answer>,
-    then: Answer,
+    then: Then,
+}
+
+#[derive(Clone)]
+enum Then {
+    Always(Box<Answer>),
+    Decided(Arc<dyn Fn(&Received) -> Answer + Send + Sync>),
+}
+
+impl fmt::Debug for Then {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Always(answer) => answer.fmt(f),
+            Self::Decided(_) => f.write_str("decided"),
+        }
+    }
 }
 
 impl Script {
     /// These answers in turn, then 200.
     #[must_use]
     pub fn sequence(answers: impl IntoIterator<Item = Answer>) -> Self {
-        Self { first: answers.into_iter().collect(), then: Answer::ok() }
+        Self { first: answers.into_iter().collect(), ..Answer::ok().into() }
+    }
+
+    /// What `decide` says of each request. It is called while the receiver is locked, so it must be quick, and must not
+    /// ask the receiver.
+    #[must_use]
+    pub fn decided_by(decide: impl Fn(&Received) -> Answer + Send + Sync + 'static) -> Self {
+        Self { first: VecDeque::new(), then: Then::Decided(Arc::new(decide)) }
     }
 
     /// Fails `n` times with this status, then 200.
@@ -129,14 +153,17 @@ impl Script {
     /// What comes when the listed answers are used up.
     #[must_use]
     pub fn then(mut self, answer: Answer) -> Self {
-        self.then = answer;
+        self.then = Then::Always(Box::new(answer));
         self
     }
 
     /// How to treat the next request.
-    pub(super) fn next(&mut self) -> Conduct {
-        let Answer { status, headers, delay, content } =
-            self.first.pop_front().unwrap_or_else(|| self.then.clone());
+    pub(super) fn next(&mut self, request: &Received) -> Conduct {
+        let answer = self.first.pop_front().unwrap_or_else(|| match &self.then {
+            Then::Always(answer) => answer.as_ref().clone(),
+            Then::Decided(decide) => decide(request),
+        });
+        let Answer { status, headers, delay, content } = answer;
         let body = match content {
             Content::Hang => return Conduct::Hang,
             Content::Reset => return Conduct::Reset,
@@ -159,7 +186,7 @@ impl Default for Script {
 
 impl From<Answer> for Script {
     fn from(answer: Answer) -> Self {
-        Self { first: VecDeque::new(), then: answer }
+        Self { first: VecDeque::new(), then: Then::Always(Box::new(answer)) }
     }
 }
 
