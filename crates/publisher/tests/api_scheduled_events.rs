@@ -100,7 +100,7 @@ async fn an_event_waits_or_is_published_at_once_in_every_mode() {
         problem(&api.post(&format!("{EVENTS}/{uid}/ack"), ack).await, 404, "not-found");
 
         let past = api.get(&format!("{EVENTS}/past-{n}")).await.expect(200);
-        assert_eq!((&past.body["status"], past.body.get("deliverAt")), (&json!("delivered"), None));
+        assert_eq!((&past.body["status"], past.body.get("deliverAt")), (&json!("pending"), None));
     }
     assert_eq!(api.all(EVENTS, 50).await.len(), 8, "what waits is no history yet");
     assert_eq!(api.all(&format!("{EVENTS}?status=published"), 50).await.len(), 8);
