@@ -9,16 +9,21 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use bus_core::{
+    audit::{Action, Change, TargetKind},
     config::{self, Backend, Common},
     pg,
     queue::{Drained, Transport, drain},
     telemetry::Chain,
 };
 use clap::{Args, ValueEnum};
+use serde_json::json;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
-use crate::ui::{self, FAINT, GOOD, paint};
+use crate::{
+    audit,
+    ui::{self, FAINT, GOOD, paint},
+};
 
 /// Who would take from the queue, or put into it, while it is drained. Publishers with the old backend would
 /// too, but those with the new one may run.
@@ -37,6 +42,15 @@ enum Queue {
     Jetstream,
     /// The database
     Postgres,
+}
+
+impl Queue {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Jetstream => "jetstream",
+            Self::Postgres => "postgres",
+        }
+    }
 }
 
 impl From<Queue> for Backend {
@@ -89,6 +103,11 @@ impl Drain {
         };
         ui::line("  Connecting to both queues");
         let (from, to) = tokio::try_join!(connect(self.from), connect(self.to))?;
+        if let Some(nats) = from.nats.as_ref().or(to.nats.as_ref()) {
+            let queues = json!({ "from": self.from.name(), "to": self.to.name() });
+            let change = Change::new(Action::QueueDrained, TargetKind::Deployment, &common.prefix);
+            audit::publish(nats, change.after(queues)).await?;
+        }
         let mut told: Option<Instant> = None;
         let tell = |Drained { moved, left }: Drained| {
             if left == 0 || told.is_none_or(|at| at.elapsed() >= TELL) {

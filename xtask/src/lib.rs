@@ -1,6 +1,7 @@
 //! What `cargo xtask` does; a library, so that a test can run the demo too.
 
 mod archive;
+mod audit;
 mod bench;
 mod cargo;
 pub mod demo;

@@ -4,6 +4,7 @@ use std::{collections::HashMap, env, path::PathBuf, process::ExitCode, time::Dur
 
 use anyhow::{Context as _, Result, anyhow};
 use bus_core::{
+    audit::{self as records, TargetKind},
     clock::{Clock as _, SystemClock},
     config::{self, Common},
     nats::Nats,
@@ -12,7 +13,10 @@ use bus_core::{
 };
 use clap::{Args, Subcommand};
 
-use crate::ui::{self, BAD, FAINT, GOOD, STRONG, paint};
+use crate::{
+    audit,
+    ui::{self, BAD, FAINT, GOOD, STRONG, paint},
+};
 
 /// How long the broker may take to be there.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -70,6 +74,13 @@ impl Streams {
                 if !plan.changes.is_empty() {
                     let loss = if allow_data_loss { Loss::Accepted } else { Loss::Refused };
                     carry_out(&nats, &plan, loss).await?;
+                    // Not before: the audit stream itself may be among them.
+                    let change = records::Change::new(
+                        records::Action::StreamsApplied,
+                        TargetKind::Deployment,
+                        &common.prefix,
+                    );
+                    audit::publish(&nats, change.after(serde_json::to_value(&plan)?)).await?;
                     ui::line(paint(GOOD, "  Done; the broker has what is described."));
                 }
                 Ok(ExitCode::SUCCESS)

@@ -1,7 +1,7 @@
 //! The archiver: everything that moves or expires data.
 //!
-//! [`history`] copies receipts to the database; [`relay`] passes audit records on to the audit stream; [`cold`] moves
-//! [`streams`] and [`tables`] to cold storage; [`erasures`] empties payloads wherever they are; [`maintenance`] creates partitions ahead of their day and sweeps what
+//! `history` copies receipts to the database; `relay` passes audit records on to the audit stream; `cold` moves
+//! `streams` and `tables` to cold storage; `erasures` empties payloads wherever they are; `maintenance` creates partitions ahead of their day and sweeps what
 //! is over.
 
 mod cold;

@@ -105,6 +105,12 @@ words! {
         ErasureCreated = "erasure.created",
         /// The bus has emptied the payloads.
         ErasureDone = "erasure.done",
+        /// An operator brought rows back from cold storage.
+        RowsRestored = "rows.restored",
+        /// An operator changed streams to what the configuration describes.
+        StreamsApplied = "streams.applied",
+        /// An operator moved what was pending from one backend's queue into the other's.
+        QueueDrained = "queue.drained",
         /// Events were read with what they say; recorded where the configuration asks for it.
         PayloadRead = "payload.read",
     }
@@ -131,6 +137,10 @@ words! {
         Replay = "replay",
         /// A job that empties payloads.
         Erasure = "erasure",
+        /// A table, by its name.
+        Table = "table",
+        /// The streams and queues of a deployment, by its prefix.
+        Deployment = "deployment",
     }
 }
 

@@ -14,6 +14,7 @@ use bus_core::{
 };
 use cold_storage::{ColdStorage, Config, Query, Value};
 use devkit::{
+    process::Signal,
     processes::Role,
     servers::connect_nats,
     stack::{Stack, StackOptions},
@@ -26,6 +27,9 @@ use url::Url;
 use uuid::Uuid;
 
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// The shortest lease.
+const LEASE: Duration = Duration::from_secs(5);
 
 /// Where an archiver dies.
 const POINTS: [&str; 7] = [
@@ -51,14 +55,15 @@ struct Scene {
 }
 
 impl Scene {
-    async fn set() -> Self {
+    async fn set(archivers: usize) -> Self {
         let mut options = StackOptions::default()
+            .role_env(Role::Archiver, "EVENT_BUS_ARCHIVE__LEASE_S", LEASE.as_secs())
             // Everything is due at once, and old a second later.
             .role_env(Role::Archiver, "EVENT_BUS_ARCHIVE__BATCH_AGE_S", 0)
             .role_env(Role::Archiver, "EVENT_BUS_ARCHIVE__BATCH_MESSAGES", 7)
             .env("EVENT_BUS_STREAMS__AUDIT__MAX_AGE_S", 1);
         for role in Role::ALL {
-            options = options.replicas(role, usize::from(role == Role::Archiver));
+            options = options.replicas(role, if role == Role::Archiver { archivers } else { 0 });
         }
         let stack = Stack::start(options).await.unwrap();
         let pool = stack.owner_pool().await.unwrap();
@@ -147,11 +152,34 @@ impl Scene {
         let archiver = self.stack.process(Role::Archiver, 0);
         archiver.set_env("BUS_FAULT_POINT", None);
         archiver.respawn().unwrap();
-        let name = format!("{}_AUDIT", self.stack.prefix().to_ascii_uppercase());
+        self.wait_until_trimmed().await;
+    }
+
+    fn stream(&self) -> String {
+        format!("{}_AUDIT", self.stack.prefix().to_ascii_uppercase())
+    }
+
+    async fn wait_until_trimmed(&self) {
+        let name = self.stream();
         wait_until("the stream is empty", DEADLINE, async || {
             let mut stream = self.jetstream.get_stream(&name).await.map_err(|error| error.to_string())?;
             let state = &stream.info().await.map_err(|error| error.to_string())?.state;
             if state.messages == 0 { Ok(()) } else { Err(format!("{state:?}\n{}", self.stack.all_logs())) }
+        })
+        .await;
+    }
+
+    /// How often the stream's lease has changed hands.
+    async fn epoch(&self) -> i64 {
+        let epoch =
+            sqlx::query_scalar("SELECT epoch FROM archive_sources WHERE source = $1").bind(self.stream());
+        epoch.fetch_optional(&self.pool).await.unwrap().unwrap_or(0)
+    }
+
+    async fn wait_for_epoch(&self, epoch: i64) {
+        wait_until("the lease changes hands", DEADLINE, async || match self.epoch().await {
+            found if found >= epoch => Ok(()),
+            found => Err(found),
         })
         .await;
     }
@@ -200,7 +228,7 @@ impl Scene {
 #[tokio::test]
 async fn i8_an_archiver_that_dies_after_any_step_loses_nothing_and_archives_nothing_twice() {
     let kills = std::env::var("ARCHIVE_KILLS").map_or(POINTS.len(), |kills| kills.parse().unwrap());
-    let mut scene = Scene::set().await;
+    let mut scene = Scene::set(1).await;
     scene.stack.process(Role::Archiver, 0).sigkill().await.unwrap();
     for point in POINTS.iter().cycle().take(kills) {
         scene.publish(4).await;
@@ -212,6 +240,29 @@ async fn i8_an_archiver_that_dies_after_any_step_loses_nothing_and_archives_noth
     let repeats = scene.stack.process(Role::Archiver, 0).log_text().unwrap();
     assert!(repeats.contains("Trimmed what is in cold storage"), "{repeats}");
     println!("archive: {kills} kills, {} receipts, lost 0, doubled 0", scene.receipts.len());
+    scene.pool.close().await;
+    scene.stack.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn i8_an_archiver_that_was_only_slow_does_no_harm_to_its_successor() {
+    let mut scene = Scene::set(1).await;
+    scene.publish(8).await;
+    scene.wait_for_epoch(1).await;
+    let other = scene.stack.spawn(Role::Archiver, &[]).unwrap();
+    scene.stack.process(Role::Archiver, other).wait_ready().await.unwrap();
+    // Each time the one that holds the lease.
+    for slow in [0, other, 0] {
+        scene.publish(8).await;
+        let epoch = scene.epoch().await;
+        scene.stack.process(Role::Archiver, slow).signal(Signal::STOP).unwrap();
+        scene.wait_for_epoch(epoch + 1).await;
+        scene.publish(8).await;
+        scene.stack.process(Role::Archiver, slow).signal(Signal::CONT).unwrap();
+        scene.publish(8).await;
+        scene.wait_until_trimmed().await;
+    }
+    scene.check().await;
     scene.pool.close().await;
     scene.stack.shutdown().await.unwrap();
 }

@@ -4,7 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use bus_core::pg::{self, DayTable};
+use bus_core::{
+    audit::{Action, Change, TargetKind},
+    pg::{self, DayTable},
+};
 use clap::{Args, ValueEnum};
 use cold_storage::{ColdStorage, Record, Value};
 use futures::TryStreamExt as _;
@@ -13,7 +16,10 @@ use serde_json::json;
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use crate::ui::{self, FAINT, GOOD, paint};
+use crate::{
+    audit,
+    ui::{self, FAINT, GOOD, paint},
+};
 
 /// Rows of one transaction.
 const ROWS: usize = 500;
@@ -95,6 +101,12 @@ impl Restore {
             limit: usize::MAX,
         };
         let mut records = std::pin::pin!(cold.query(&query)?);
+        if !self.dry_run {
+            let table = self.domain.table().name();
+            let wanted = json!({ "event": self.event, "since": self.since, "until": self.until });
+            let change = Change::new(Action::RowsRestored, TargetKind::Table, table).after(wanted);
+            audit::record(&pool, self.organization.map(Into::into), change).await?;
+        }
         let mut counts = Counts { found: 0, restored: 0, told: Instant::now() };
         let (mut part, mut bytes) = (Vec::new(), 0);
         while let Some(record) = records.try_next().await? {
