@@ -20,6 +20,9 @@ CREATE TABLE archive_sources (
     next        bigint NOT NULL DEFAULT 1 CHECK (next > 0),
     -- The key of the last row that was moved, where positions count the rows of a table's day.
     after       uuid,
+    -- When the last message that was archived came to the stream (the broker's time): another message of that number is
+    -- one that the broker has given out again.
+    last_at     timestamptz,
     -- Everything before this position has been removed from the stream.
     trimmed     bigint NOT NULL DEFAULT 1 CHECK (trimmed > 0 AND trimmed <= next)
 );
@@ -46,9 +49,9 @@ SELECT set_config('search_path', current_setting('search_path') || ', pg_temp', 
 ALTER FUNCTION create_day_partition(text, date) SET search_path FROM CURRENT;
 
 -- Removes one day of a table that is partitioned by day. A function of the owner, because only the owner may. If
--- `expected` is given, the day must have as many rows, none more having come since they were counted; otherwise nothing
--- happens, and the answer is false. A day that is gone already is an answer of true.
-CREATE FUNCTION drop_day_partition(parent text, day date, expected bigint) RETURNS boolean
+-- `expected` is given, the day must have as many rows, counted while nobody can write to it; otherwise nothing happens, and
+-- the answer is how many it has. NULL: it is gone, or was.
+CREATE FUNCTION drop_day_partition(parent text, day date, expected bigint) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT
 AS $$
 DECLARE
@@ -58,13 +61,13 @@ BEGIN
     IF parent NOT IN ('events', 'delivery_attempts', 'occurrences', 'audit_records') THEN
         RAISE EXCEPTION 'table % is not partitioned by day', parent;
     END IF;
-    IF day > (now() AT TIME ZONE 'UTC')::date THEN
+    IF day >= (now() AT TIME ZONE 'UTC')::date THEN
         RAISE EXCEPTION 'the day % is not over', day;
     END IF;
     -- The lock that creating takes too.
     PERFORM pg_advisory_xact_lock(hashtext(parent));
     IF to_regclass(name) IS NULL THEN
-        RETURN true;
+        RETURN NULL;
     END IF;
     -- Waiting long for the table's lock would hold up everybody behind us; better to try again later.
     PERFORM set_config('lock_timeout', '2s', true);
@@ -73,11 +76,11 @@ BEGIN
         EXECUTE format('LOCK TABLE %I IN SHARE MODE', name);
         EXECUTE format('SELECT count(*) FROM %I', name) INTO found;
         IF found <> expected THEN
-            RETURN false;
+            RETURN found;
         END IF;
     END IF;
     EXECUTE format('DROP TABLE %I', name);
-    RETURN true;
+    RETURN NULL;
 END
 $$;
 REVOKE ALL ON FUNCTION drop_day_partition(text, date, bigint) FROM PUBLIC;

@@ -14,6 +14,8 @@ CREATE TABLE erasures (
     dead_letters    bigint NOT NULL DEFAULT 0,
     archived        bigint NOT NULL DEFAULT 0,
     requested_at    timestamptz NOT NULL DEFAULT now(),
+    -- When the archiver took it last.
+    tried_at        timestamptz,
     finished_at     timestamptz,
     CHECK ((state = 'done') = (finished_at IS NOT NULL))
 );

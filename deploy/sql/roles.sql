@@ -64,7 +64,7 @@ GRANT SELECT, INSERT, UPDATE ON history_progress, archive_sources TO bus_archive
 GRANT SELECT, INSERT, DELETE ON archive_batches TO bus_archiver;
 -- What expires is moved to cold storage first. Days go whole, by the function; rows of days without a partition one by one.
 GRANT SELECT, DELETE ON events, delivery_attempts, occurrences TO bus_archiver;
-GRANT SELECT, UPDATE, DELETE ON audit_records TO bus_archiver;
+GRANT SELECT, UPDATE (relayed_at) ON audit_records TO bus_archiver;
 -- Erasures empty payloads, and leave a record when they are done.
 GRANT UPDATE (body, expunged_at) ON events TO bus_archiver;
 GRANT SELECT, UPDATE ON erasures TO bus_archiver;

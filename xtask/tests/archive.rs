@@ -86,6 +86,7 @@ impl Setup {
             let archiver = TableArchiver {
                 table,
                 retention: TableRetention { keep_days: 1, archive: Archive::Archive },
+                by_stream: None,
                 cold: cold.clone(),
                 leases: leases.clone(),
                 config,

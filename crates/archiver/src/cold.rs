@@ -2,7 +2,7 @@
 //! what is erased and expires in it.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -12,7 +12,7 @@ use bus_core::{
     ids::Ids,
     launcher::{BoxError, Ctx, Heartbeat},
     nats::Nats,
-    pg::{ArchiveLease, ArchivePosition, DayTable},
+    pg::{self, ArchiveLease, ArchivePosition, DayTable},
     streams::{AUDIT, Archive, DEAD, Described},
     telemetry::Chain,
 };
@@ -50,6 +50,8 @@ pub(crate) struct ColdLoops {
     config: ArchiverConfig,
     streams: Vec<(Described, Heartbeat)>,
     tables: Vec<(DayTable, TableRetention, Heartbeat)>,
+    /// The audit stream, if it is archived.
+    audit: Option<String>,
     nats: Option<Nats>,
     leases: Leases,
     clock: Arc<dyn Clock>,
@@ -67,16 +69,12 @@ impl ColdLoops {
             .filter(|stream| stream.archive == Archive::Archive)
             .map(|stream| (stream.clone(), beat(&stream.name)))
             .collect();
-        let audit = streams.iter().any(|(stream, _)| stream.name == AUDIT);
+        let audit = streams.iter().find(|(stream, _)| stream.name == AUDIT);
+        let audit = audit.map(|(stream, _)| stream.config.name.clone());
         let tables = DayTable::ALL
             .into_iter()
             .map(|table| {
-                let mut retention = ctx.config.retention.of(table);
-                let from_stream = matches!(table, DayTable::DeliveryAttempts | DayTable::AuditRecords);
-                if from_stream && audit {
-                    // Its rows came by the audit stream, and went from there to cold storage.
-                    retention.archive = Archive::Drop;
-                }
+                let retention = ctx.config.retention.of(table);
                 (table, retention, beat(table.name()))
             })
             .filter(|(_, retention, _)| retention.keep_days > 0)
@@ -85,6 +83,7 @@ impl ColdLoops {
         Self {
             streams,
             tables,
+            audit,
             nats,
             leases: Leases { pool, holder: holder[20..].to_owned(), seconds: ctx.config.archive.lease_s },
             clock: Arc::clone(&ctx.clock),
@@ -116,9 +115,11 @@ impl ColdLoops {
             loops.push(archiver.run(beat, self.stop.clone()).boxed());
         }
         for (table, retention, beat) in self.tables {
+            let from_stream = matches!(table, DayTable::DeliveryAttempts | DayTable::AuditRecords);
             let archiver = TableArchiver {
                 table,
                 retention,
+                by_stream: self.audit.clone().filter(|_| from_stream),
                 cold: cold.clone(),
                 leases: self.leases.clone(),
                 config: self.config.archive.clone(),
@@ -202,14 +203,9 @@ impl Upkeep {
         Ok(())
     }
 
-    /// Whether it is time to look for what has expired.
-    fn is_due(&self) -> bool {
-        let mut expired = self.expired.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = expired.is_none_or(|at| at.elapsed() >= EXPIRY);
-        if due {
-            *expired = Some(Instant::now());
-        }
-        due
+    /// When it was last looked for what has expired.
+    fn expired(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.expired.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -229,9 +225,10 @@ impl LeasedWork for Upkeep {
         position: &mut ArchivePosition,
     ) -> Result<Duration, ArchiveError> {
         if let Some(expiry) = &self.expiry
-            && self.is_due()
+            && self.expired().is_none_or(|at| at.elapsed() >= EXPIRY)
         {
             expiry.round(lease, position).await?;
+            *self.expired() = Some(Instant::now());
         }
         self.erasures.round(lease, position).await
     }
@@ -248,7 +245,9 @@ impl LeasedWork for Expiry {
     }
 
     async fn round(&self, _: &ArchiveLease, _: &mut ArchivePosition) -> Result<Duration, ArchiveError> {
-        let today = self.clock.now().to_zoned(TimeZone::UTC).date();
+        // The earlier of two clocks: nothing expires because one of them is wrong.
+        let now = self.clock.now().min(pg::database_time(&self.leases.pool).await?);
+        let today = now.to_zoned(TimeZone::UTC).date();
         if let Ok(before) = today.checked_sub(Span::new().days(i64::from(self.days))) {
             let expired = self.cold.expire(before).await?;
             if expired.batches > 0 {

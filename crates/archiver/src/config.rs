@@ -97,7 +97,7 @@ impl RetentionConfig {
         }
     }
 
-    fn problem(&self, states_keep_s: u64) -> Option<String> {
+    fn problem(&self, states_keep_s: u64, common: &Common) -> Option<String> {
         let tables = DayTable::ALL.map(|table| (table.name(), self.of(table).keep_days));
         let all = tables
             .into_iter()
@@ -107,7 +107,16 @@ impl RetentionConfig {
                 return Some(format!("retention.{name}.keep_days ({days}) must be at most {LONGEST_DAYS}"));
             }
         }
-        let events = self.events.keep_days;
+        if let Some(problem) = self.cold_problem(common) {
+            return Some(problem);
+        }
+        let (events, attempts) = (self.events.keep_days, self.delivery_attempts.keep_days);
+        if attempts != 0 && (events == 0 || attempts < events) {
+            return Some(format!(
+                "retention.delivery_attempts.keep_days ({attempts}) must be at least retention.events.keep_days \
+                 ({events}): without its attempts an event is shown as pending"
+            ));
+        }
         if events == 0 {
             return None;
         }
@@ -127,12 +136,38 @@ impl RetentionConfig {
     }
 }
 
+impl RetentionConfig {
+    /// What is moved to cold storage must not expire there before it has gone from where it was.
+    fn cold_problem(&self, common: &Common) -> Option<String> {
+        let cold = self.cold.keep_days;
+        if cold == 0 {
+            return None;
+        }
+        let tables = DayTable::ALL
+            .into_iter()
+            .filter(|table| self.of(*table).archive == Archive::Archive)
+            .map(|table| (format!("retention.{}.keep_days", table.name()), self.of(table).keep_days));
+        let streams = common.streams.iter().filter(|(_, stream)| stream.archive == Archive::Archive).map(
+            |(name, stream)| {
+                let days = u32::try_from(stream.max_age_s.div_ceil(86_400)).unwrap_or(u32::MAX);
+                (format!("streams.{name}.max_age_s in days"), days)
+            },
+        );
+        let needs = |(_, days): &(String, u32)| *days == 0 || *days >= cold;
+        tables.chain(streams).find(needs).map(|(key, days)| {
+            format!(
+                "retention.cold.keep_days ({cold}) must be longer than {key} ({days}; 0 is for ever), or 0"
+            )
+        })
+    }
+}
+
 impl RoleConfig for ArchiverConfig {
     fn defaults() -> Vec<&'static str> {
         vec![include_str!("../defaults.toml")]
     }
 
-    fn problem(&self, _: &Common) -> Option<String> {
+    fn problem(&self, common: &Common) -> Option<String> {
         let between = |key: &str, value: u64, least: u64, most: u64| {
             (!(least..=most).contains(&value))
                 .then(|| format!("{key} ({value}) must be between {least} and {most}"))
@@ -142,7 +177,7 @@ impl RoleConfig for ArchiverConfig {
             .or_else(|| between("archive.batch_messages", self.archive.batch_messages, 1, 1_000_000))
             .or_else(|| between("archive.batch_bytes", self.archive.batch_bytes, 1_024, 64 * 1_024 * 1_024))
             .or_else(|| between("archive.lease_s", self.archive.lease_s.into(), 5, 600))
-            .or_else(|| self.retention.problem(self.maintenance.delivery_states_keep_s))
+            .or_else(|| self.retention.problem(self.maintenance.delivery_states_keep_s, common))
             .or_else(|| self.cold.problem().map(|problem| format!("cold: {problem}")))
     }
 }

@@ -34,6 +34,7 @@ use crate::{
     cold::COLD,
     error::{ArchiveError, During as _},
     lease::{LeasedWork, Leases},
+    tables::attempt_of,
 };
 
 /// Jobs of one round.
@@ -105,14 +106,20 @@ impl Erasures {
         if open.is_empty() {
             return Ok(());
         }
+        let (mut emptied, mut result) = (Vec::with_capacity(open.len()), Ok(()));
         for erasure in &open {
-            pg::empty_tables(pool, erasure, ROWS).await?;
+            match pg::empty_tables(pool, erasure, ROWS).await {
+                Ok(()) => emptied.push(erasure),
+                Err(failed) => {
+                    warn!(erasure.id = %erasure.id, error = %Chain(&failed), "An erasure waits");
+                    result = Err(failed.into());
+                }
+            }
         }
         fault::point("archiver.erasure-emptied").await;
         let dead = self.dead_letters().await?;
         self.wait_for_what_is_under_way(dead.as_ref()).await?;
-        let mut result = Ok(());
-        for erasure in &open {
+        for erasure in emptied {
             if let Err(failed) = self.finish(lease, erasure, dead.as_ref()).await {
                 warn!(erasure.id = %erasure.id, error = %Chain(&failed), "An erasure waits");
                 result = Err(failed);
@@ -153,7 +160,7 @@ impl Erasures {
         let pool = &self.leases.pool;
         if self.events_archived
             && let Some(position) = pg::archive_position(pool, DayTable::Events.name()).await?
-            && let Some(day) = position.incarnation.and_then(|day| day.parse().ok())
+            && let Some((day, _)) = position.incarnation.as_deref().and_then(attempt_of)
         {
             while pg::partition_days(pool, DayTable::Events).await?.contains(&day) {
                 tokio::time::sleep(ARRIVED).await;

@@ -33,6 +33,9 @@ pub enum ArchiveError {
     /// Another archiver has taken over; what this one had begun is left to it.
     #[error("another archiver works on {0} now")]
     LeaseLost(String),
+    /// The stream was deleted and created again meanwhile; the next round looks at the new one.
+    #[error("the stream {0} is another one now")]
+    Replaced(String),
     /// Cold storage no longer has what it was read back from; nothing is trimmed before somebody has looked.
     #[error(
         "cold storage no longer has the batch of {source_name} that begins at {first}: run `cargo xtask archive verify`"

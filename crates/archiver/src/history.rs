@@ -69,16 +69,20 @@ impl Copier {
         let (mut messages, mut receipts) = (Vec::with_capacity(MESSAGES), Vec::new());
         while let Some(message) = batch.next().await {
             let message = message?;
-            match serde_json::from_slice::<Vec<Receipt>>(&message.payload) {
+            match read(&message) {
                 Ok(read) => {
                     receipts.extend(read);
                     messages.push(message);
                 }
-                Err(problem) => self.set_aside(&message, &problem).await?,
+                Err(problem) => self.set_aside(&message, &problem.to_string()).await?,
             }
         }
         if !receipts.is_empty() {
-            pg::copy_attempts(&self.pool, &receipts).await?;
+            match pg::copy_attempts(&self.pool, &receipts).await {
+                // One message must not keep all others from history.
+                Err(refused) if refused.is_refused() => messages = self.copy_one_by_one(messages).await?,
+                other => other?,
+            }
         }
         for message in &messages {
             message.ack().await?;
@@ -90,6 +94,22 @@ impl Copier {
         }
         self.consumer = Some(consumer);
         Ok(())
+    }
+
+    /// Sets aside what the database refuses, and gives back the others.
+    async fn copy_one_by_one(&self, messages: Vec<Message>) -> Result<Vec<Message>, BoxError> {
+        let mut copied = Vec::with_capacity(messages.len());
+        for message in messages {
+            match pg::insert_attempts(&self.pool, &read(&message)?).await {
+                Err(refused) if refused.is_refused() => {
+                    let problem = Chain(&refused).to_string();
+                    self.set_aside(&message, &problem).await?;
+                }
+                Err(error) => return Err(error.into()),
+                Ok(()) => copied.push(message),
+            }
+        }
+        Ok(copied)
     }
 
     /// Notes up to when history has everything: now, if nothing waits, or else when the oldest message that waits
@@ -115,15 +135,20 @@ impl Copier {
         Ok(())
     }
 
-    /// Moves a message that is not a list of receipts to the dead-letter stream, so that it blocks nothing.
-    async fn set_aside(&self, message: &Message, problem: &serde_json::Error) -> Result<(), BoxError> {
-        error!(subject = %message.subject, error = %problem, "A message in the audit stream cannot be read");
+    /// Copies a message that is no list of receipts, or of such as the database refuses, to the dead-letter stream, so that
+    /// it blocks nothing.
+    async fn set_aside(&self, message: &Message, problem: &str) -> Result<(), BoxError> {
+        error!(subject = %message.subject, error = problem, "A message in the audit stream cannot become history");
         let mut headers = async_nats::HeaderMap::new();
-        headers.insert("Bus-Reason", problem.to_string());
+        headers.insert("Bus-Reason", problem.replace(['\r', '\n'], " "));
         headers.insert("Bus-Subject", message.subject.as_str());
         let subject = self.nats.names.malformed();
         self.nats.jetstream.publish_with_headers(subject, headers, message.payload.clone()).await?.await?;
         message.ack_with(AckKind::Term).await?;
         Ok(())
     }
+}
+
+fn read(message: &Message) -> Result<Vec<Receipt>, serde_json::Error> {
+    serde_json::from_slice(&message.payload)
 }

@@ -67,11 +67,8 @@ impl Leases {
         let source = work.source();
         let mut pause = FIRST_PAUSE;
         while !stop.is_cancelled() {
-            let wait = match self.work_once(work, beat, stop).await {
-                Ok(true) => {
-                    pause = FIRST_PAUSE;
-                    Duration::ZERO
-                }
+            let wait = match self.work_once(work, beat, stop, &mut pause).await {
+                Ok(true) => Duration::ZERO,
                 // Somebody else holds it: the first to ask after it ends gets it.
                 Ok(false) => {
                     beat.beat();
@@ -109,6 +106,7 @@ impl Leases {
         work: &dyn LeasedWork,
         beat: &Heartbeat,
         stop: &CancellationToken,
+        pause: &mut Duration,
     ) -> Result<bool, ArchiveError> {
         let source = work.source();
         let Some(lease) = pg::take_archive_lease(&self.pool, source, &self.holder, self.seconds).await?
@@ -116,13 +114,18 @@ impl Leases {
             return Ok(false);
         };
         info!(source, epoch = lease.epoch, "Holds the lease of an archive source");
+        let mut done = 0;
         let result = tokio::select! {
-            result = rounds(work, &lease) => result,
+            result = rounds(work, &lease, &mut done) => result,
             lost = self.renew(&lease, beat) => Err(lost),
             () = stop.cancelled() => Ok(()),
         };
         if !matches!(result, Err(ArchiveError::LeaseLost(_))) {
             pg::release_archive_lease(&self.pool, &lease).await?;
+        }
+        if done > 0 {
+            // It worked for a while: the next failure is a first one.
+            *pause = FIRST_PAUSE;
         }
         result.map(|()| true)
     }
@@ -151,12 +154,13 @@ impl Leases {
     }
 }
 
-/// Round after round, until one fails.
-async fn rounds(work: &dyn LeasedWork, lease: &ArchiveLease) -> Result<(), ArchiveError> {
+/// Round after round, until one fails; counts those that did not.
+async fn rounds(work: &dyn LeasedWork, lease: &ArchiveLease, done: &mut u64) -> Result<(), ArchiveError> {
     let mut position = lease.position.clone();
     work.begin().await?;
     loop {
         let wait = work.round(lease, &mut position).await?;
+        *done += 1;
         tokio::time::sleep(wait).await;
     }
 }

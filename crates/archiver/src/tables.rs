@@ -11,15 +11,15 @@ use bus_core::{
     clock::Clock,
     fault,
     launcher::{BoxError, Heartbeat},
-    pg::{self, ArchiveLease, ArchivePosition, ArchivedBatch, DayTable},
+    pg::{self, ArchiveLease, ArchivePosition, ArchivedBatch, DayTable, DropDay},
     streams::Archive,
 };
 use cold_storage::{
-    AUDIT, Batch, ColdStorage, Dataset, EVENTS, Error as ColdError, Kind, Manifest, OCCURRENCES, RECEIPTS,
-    Row, Slot, Source, Value,
+    AUDIT, Batch, ColdStorage, Dataset, EVENTS, Error as ColdError, Kind, MAX_BATCH_OBJECTS, Manifest,
+    OCCURRENCES, RECEIPTS, Row, Slot, Source, Value,
 };
 use jiff::{Span, civil::Date, tz::TimeZone};
-use metrics::counter;
+use metrics::{counter, gauge};
 use sqlx::{Row as _, postgres::PgRow};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -41,12 +41,26 @@ const PAGE_OF_EVENTS: u32 = 100;
 /// Rows swept in one statement.
 const SWEEP: u32 = 5_000;
 
+/// Rows outside of their day are counted up to this.
+const STRAYS: u32 = 100_000;
+
+/// What becomes a part of a day.
+struct Part {
+    batch: Batch,
+    /// The key of its last row.
+    last: Uuid,
+    /// Whether nothing comes behind it.
+    complete: bool,
+}
+
 /// Expires the days of one table.
 pub struct TableArchiver {
     /// Which one.
     pub table: DayTable,
     /// How long a day is kept, and what becomes of it.
     pub retention: TableRetention,
+    /// The stream that brings the same to cold storage, if there is one.
+    pub by_stream: Option<String>,
     /// Where it goes.
     pub cold: ColdStorage,
     /// Of several archivers one works on the table.
@@ -92,29 +106,83 @@ impl LeasedWork for TableArchiver {
 impl TableArchiver {
     /// Every day that is past its retention.
     async fn expire(&self, lease: &ArchiveLease, position: &mut ArchivePosition) -> Result<(), ArchiveError> {
-        let today = self.clock.now().to_zoned(TimeZone::UTC).date();
-        let keep = Span::new().days(i64::from(self.retention.keep_days));
-        let Ok(horizon) = today.checked_sub(keep) else { return Ok(()) };
         let pool = &self.leases.pool;
-        for day in pg::partition_days(pool, self.table).await? {
-            if day >= horizon {
-                break;
+        let keep = Span::new().days(i64::from(self.retention.keep_days));
+        // The earlier of two clocks: nothing expires because one of them is wrong.
+        let today = self.clock.now().min(pg::database_time(pool).await?).to_zoned(TimeZone::UTC).date();
+        let Ok(horizon) = today.checked_sub(keep) else { return Ok(()) };
+        let days = pg::partition_days(pool, self.table).await?;
+        if let Some((day, attempt)) = position.incarnation.as_deref().and_then(attempt_of)
+            && day >= horizon
+            && days.contains(&day)
+        {
+            // Days are kept longer than when it was begun.
+            self.forget_day(lease, position, day, attempt).await?;
+        }
+        for day in days.into_iter().take_while(|day| *day < horizon) {
+            self.expire_day(lease, position, day).await?;
+        }
+        self.look_after_strays(horizon).await
+    }
+
+    async fn expire_day(
+        &self,
+        lease: &ArchiveLease,
+        position: &mut ArchivePosition,
+        day: Date,
+    ) -> Result<(), ArchiveError> {
+        let pool = &self.leases.pool;
+        let rows = if self.retention.archive == Archive::Archive && !self.came_by_stream(day).await? {
+            Some(self.archive_day(lease, position, day).await?)
+        } else {
+            None
+        };
+        let relayed = self.table == DayTable::AuditRecords && self.by_stream.is_some();
+        if rows.is_none() && relayed && pg::unrelayed_records(pool, day).await? > 0 {
+            warn!(%day, "Audit records wait for their stream; their day stays");
+            return Ok(());
+        }
+        fault::point("archiver.before-drop").await;
+        self.leases.check(lease).await?;
+        let table = self.table.name();
+        match (pg::drop_day(pool, self.table, day, rows).await?, rows) {
+            (DropDay::Dropped, _) => {
+                counter!("bus_partitions_dropped", "table" => table).increment(1);
+                info!(table, %day, rows, "Dropped an expired day");
             }
-            let rows = match self.retention.archive {
-                Archive::Drop => None,
-                Archive::Archive => Some(self.archive_day(lease, position, day).await?),
-            };
-            fault::point("archiver.before-drop").await;
-            self.leases.check(lease).await?;
-            if pg::drop_day(pool, self.table, day, rows).await? {
-                counter!("bus_partitions_dropped", "table" => self.table.name()).increment(1);
-                info!(table = self.table.name(), %day, rows, "Dropped an expired day");
-            } else {
-                warn!(table = self.table.name(), %day, rows, "Rows came late to an expired day; it is archived afresh");
-                self.forget_day(lease, position, day).await?;
+            (DropDay::Has(found), Some(archived)) if found > archived => {
+                warn!(table, %day, found, archived, "Rows came late to an expired day; it is archived afresh");
+                let attempt =
+                    position.incarnation.as_deref().and_then(attempt_of).map_or(0, |(_, attempt)| attempt);
+                self.forget_day(lease, position, day, attempt).await?;
+            }
+            (DropDay::Has(found), archived) => {
+                // Somebody removed rows, or put the database back. What cold storage has is the better copy.
+                counter!("bus_archive_failures", "source" => table).increment(1);
+                warn!(table, %day, found, archived, "Cold storage has more of an expired day than the database; the day stays");
             }
         }
-        while pg::sweep_strays(pool, self.table, horizon, SWEEP).await? >= u64::from(SWEEP) {}
+        Ok(())
+    }
+
+    /// Whether the rows of a day went to cold storage by the audit stream: there was one when the day began.
+    async fn came_by_stream(&self, day: Date) -> Result<bool, ArchiveError> {
+        let Some(stream) = &self.by_stream else { return Ok(false) };
+        let position = pg::archive_position(&self.leases.pool, stream).await?;
+        let created = position.and_then(|position| position.incarnation);
+        let created = created.and_then(|created| Date::strptime("%Y%m%d", created.get(..8)?).ok());
+        Ok(created.is_some_and(|created| created <= day))
+    }
+
+    /// Rows of days that are gone, which came late or were restored. They are deleted only if nobody wants them in cold
+    /// storage; audit records never, whose table the archiver may not delete from.
+    async fn look_after_strays(&self, horizon: Date) -> Result<(), ArchiveError> {
+        let pool = &self.leases.pool;
+        if self.retention.archive == Archive::Drop && self.table != DayTable::AuditRecords {
+            while pg::sweep_strays(pool, self.table, horizon, SWEEP).await? >= u64::from(SWEEP) {}
+        }
+        let strays = pg::strays(pool, self.table, horizon, STRAYS).await?;
+        gauge!("bus_stray_rows", "table" => self.table.name()).set(strays as f64);
         Ok(())
     }
 
@@ -125,31 +193,38 @@ impl TableArchiver {
         position: &mut ArchivePosition,
         day: Date,
     ) -> Result<u64, ArchiveError> {
-        if position.incarnation.as_deref() != Some(&day.to_string()) {
-            let to = ArchivePosition { incarnation: Some(day.to_string()), next: 1, after: None };
-            self.go_to(lease, position, to).await?;
-        } else if let Some(last) = self.cold.last_manifest(self.table.name(), &day.to_string()).await?
+        let table = self.table.name();
+        let attempt = match position.incarnation.as_deref().and_then(attempt_of) {
+            Some((at, attempt)) if at == day => attempt,
+            _ => {
+                let attempt = self.latest_attempt(day).await?;
+                self.go_to(lease, position, day, attempt).await?;
+                attempt
+            }
+        };
+        let incarnation = Source::day_incarnation(day, attempt);
+        if let Some(last) = self.cold.last_manifest(table, &incarnation).await?
             && last.source.next().is_none()
             && last.slot().first + 1 < position.next
         {
             // All of it is there and noted, only not dropped.
-            return self.rows_of(day).await;
+            return Ok(self.cold.rows_in(table, &incarnation).await?);
         }
         loop {
-            let slot = Slot {
-                source: self.table.name().to_owned(),
-                incarnation: day.to_string(),
-                first: position.next - 1,
-            };
+            let slot =
+                Slot { source: table.to_owned(), incarnation: incarnation.clone(), first: position.next - 1 };
             let manifest = match self.cold.manifest_at(&slot).await? {
                 Some(manifest) => manifest,
-                None => match self.write(lease, &slot, position.after, day).await? {
+                None => match self.write(lease, &slot, position.after, day, attempt).await? {
                     Some(manifest) => manifest,
                     // A day without rows has no parts.
-                    None => return self.rows_of(day).await,
+                    None => break,
                 },
             };
-            let after = self.key_after(day, position.after, manifest.rows).await?;
+            let after = match &manifest.source {
+                Source::Table { last, .. } => Some(*last),
+                Source::Stream { .. } => None,
+            };
             let at = position.next;
             let batch = ArchivedBatch { first: at, last: at, newest: manifest.created_at };
             if !pg::note_archived(&self.leases.pool, lease, &batch, after).await? {
@@ -158,10 +233,31 @@ impl TableArchiver {
             fault::point("archiver.noted").await;
             (position.next, position.after) = (at + 1, after);
             if manifest.source.next().is_none() {
-                return self.rows_of(day).await;
+                break;
             }
         }
+        Ok(self.cold.rows_in(table, &incarnation).await?)
     }
+
+    /// Where a day was left, if the database has lost its account of it.
+    async fn latest_attempt(&self, day: Date) -> Result<u32, ArchiveError> {
+        let mut attempt = 0;
+        while self
+            .cold
+            .last_manifest(self.table.name(), &Source::day_incarnation(day, attempt + 1))
+            .await?
+            .is_some()
+        {
+            attempt += 1;
+        }
+        Ok(attempt)
+    }
+}
+
+/// The day and the attempt of an incarnation.
+pub(crate) fn attempt_of(incarnation: &str) -> Option<(Date, u32)> {
+    let (day, attempt) = incarnation.split_once("-r").unwrap_or((incarnation, "0"));
+    Some((day.parse().ok()?, attempt.parse().ok()?))
 }
 
 impl TableArchiver {
@@ -172,29 +268,13 @@ impl TableArchiver {
         slot: &Slot,
         after: Option<Uuid>,
         day: Date,
+        attempt: u32,
     ) -> Result<Option<Manifest>, ArchiveError> {
-        let pool = &self.leases.pool;
-        let mut batch = Batch::new();
-        let mut after = after;
-        let complete = 'gather: loop {
-            let page = pg::day_rows(pool, self.table, day, after, self.page()).await?;
-            let Some(last) = page.last() else { break true };
-            after = Some(last.try_get("key").map_err(|source| self.unfit(source))?);
-            for row in &page {
-                match batch.push(dataset(self.table), self.values(row)?) {
-                    Err(ColdError::BatchFull { .. }) if batch.rows() > 0 => break 'gather false,
-                    other => other?,
-                }
-            }
-            if batch.rows() >= self.config.batch_messages || batch.bytes() as u64 >= self.config.batch_bytes {
-                break pg::day_rows(pool, self.table, day, after, 1).await?.is_empty();
-            }
-        };
-        if batch.rows() == 0 {
-            return Ok(None);
-        }
+        let Some(part) = self.gather(day, after).await? else { return Ok(None) };
         fault::point("archiver.gathered").await;
-        let source = Source::Table { name: slot.source.clone(), day, part: slot.first, complete };
+        let Part { batch, last, complete } = part;
+        let source =
+            Source::Table { name: slot.source.clone(), day, attempt, part: slot.first, last, complete };
         let written =
             match batch.write(&self.cold, source, &self.leases.writer(lease), self.clock.now()).await {
                 Err(ColdError::AlreadyArchived(manifest)) => return Ok(Some(*manifest)),
@@ -213,50 +293,63 @@ impl TableArchiver {
         Ok(Some(manifest))
     }
 
+    /// The rows behind `after`, as many as make a batch. It ends between two keys, so that the next part can begin there.
+    async fn gather(&self, day: Date, after: Option<Uuid>) -> Result<Option<Part>, ArchiveError> {
+        let pool = &self.leases.pool;
+        let mut batch = Batch::new();
+        let mut last = None;
+        loop {
+            let page = pg::day_rows(pool, self.table, day, last.or(after), self.page()).await?;
+            if page.is_empty() {
+                return Ok(last.map(|last| Part { batch, last, complete: true }));
+            }
+            for row in &page {
+                let key: Uuid = row.try_get("key").map_err(|source| self.unfit(source))?;
+                if let Some(last) = last.filter(|last| *last != key)
+                    && self.is_full(&batch)
+                {
+                    return Ok(Some(Part { batch, last, complete: false }));
+                }
+                batch.push(dataset(self.table), self.values(row)?)?;
+                last = Some(key);
+            }
+        }
+    }
+
+    fn is_full(&self, batch: &Batch) -> bool {
+        batch.rows() >= self.config.batch_messages
+            || batch.bytes() as u64 >= self.config.batch_bytes
+            // One event's rows may be of two days.
+            || batch.objects() + 2 > MAX_BATCH_OBJECTS
+    }
+
     fn page(&self) -> u32 {
         if self.table == DayTable::Events { PAGE_OF_EVENTS } else { PAGE }
     }
 
-    /// The key of the last of so many rows behind `after`: a manifest says how many it has, and not which.
-    async fn key_after(
-        &self,
-        day: Date,
-        after: Option<Uuid>,
-        mut rows: u64,
-    ) -> Result<Option<Uuid>, ArchiveError> {
-        let mut after = after;
-        while rows > 0 {
-            let limit = u32::try_from(rows).unwrap_or(u32::MAX).min(self.page());
-            let page = pg::day_rows(&self.leases.pool, self.table, day, after, limit).await?;
-            let Some(last) = page.last() else { break };
-            after = Some(last.try_get("key").map_err(|source| self.unfit(source))?);
-            rows = rows.saturating_sub(page.len() as u64);
-        }
-        Ok(after)
-    }
-
-    /// How many rows of a day are in cold storage.
-    async fn rows_of(&self, day: Date) -> Result<u64, ArchiveError> {
-        Ok(self.cold.rows_in(self.table.name(), &day.to_string()).await?)
-    }
-
+    /// Takes a day out of the archive again. It begins anew under another incarnation: an archiver that still believes in
+    /// this one commits into what nobody counts.
     async fn forget_day(
         &self,
         lease: &ArchiveLease,
         position: &mut ArchivePosition,
         day: Date,
+        attempt: u32,
     ) -> Result<(), ArchiveError> {
         self.leases.check(lease).await?;
-        self.cold.retract(self.table.name(), &day.to_string()).await?;
-        self.go_to(lease, position, ArchivePosition { incarnation: None, next: 1, after: None }).await
+        self.cold.retract(self.table.name(), &Source::day_incarnation(day, attempt)).await?;
+        self.go_to(lease, position, day, attempt + 1).await
     }
 
     async fn go_to(
         &self,
         lease: &ArchiveLease,
         position: &mut ArchivePosition,
-        to: ArchivePosition,
+        day: Date,
+        attempt: u32,
     ) -> Result<(), ArchiveError> {
+        let incarnation = Some(Source::day_incarnation(day, attempt));
+        let to = ArchivePosition { incarnation, next: 1, ..ArchivePosition::default() };
         if !pg::restart_archive_source(&self.leases.pool, lease, &to).await? {
             return Err(ArchiveError::LeaseLost(lease.source.clone()));
         }

@@ -8,7 +8,7 @@ use bus_core::{
     ids::{
         ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds, uuid_floor,
     },
-    pg::{self, ArchivePosition, ArchivedBatch, DayTable, Through},
+    pg::{self, ArchivePosition, ArchivedBatch, DayTable, DropDay, Through},
     receipt::{Receipt, ReceiptOutcome},
 };
 use devkit::{database::Database, servers::shared_servers};
@@ -106,11 +106,11 @@ async fn history_says_how_far_it_goes_and_never_goes_back() {
 async fn i8_of_two_archivers_only_the_holder_of_the_lease_notes_anything() {
     let (_database, pool) = database().await;
     let first = pg::take_archive_lease(&pool, "AUDIT", "one", 60).await.unwrap().unwrap();
-    assert_eq!(first.position, ArchivePosition { incarnation: None, next: 1, after: None });
+    assert_eq!(first.position, ArchivePosition { incarnation: None, next: 1, after: None, last_at: None });
     assert_eq!(pg::take_archive_lease(&pool, "AUDIT", "two", 60).await.unwrap(), None);
     assert!(pg::take_archive_lease(&pool, "OTHER", "two", 60).await.unwrap().is_some());
 
-    let began = ArchivePosition { incarnation: Some("monday".into()), next: 11, after: None };
+    let began = ArchivePosition { incarnation: Some("monday".into()), next: 11, after: None, last_at: None };
     assert!(pg::restart_archive_source(&pool, &first, &began).await.unwrap());
     let newest: Timestamp = "2026-11-21T00:00:00Z".parse().unwrap();
     let batch = ArchivedBatch { first: 11, last: 20, newest };
@@ -131,7 +131,7 @@ async fn i8_of_two_archivers_only_the_holder_of_the_lease_notes_anything() {
         .await
         .unwrap();
     let second = pg::take_archive_lease(&pool, "AUDIT", "two", 60).await.unwrap().unwrap();
-    assert_eq!(second.position, ArchivePosition { next: 21, ..began.clone() });
+    assert_eq!(second.position, ArchivePosition { next: 21, last_at: Some(newest), ..began.clone() });
     let late = ArchivedBatch { first: 21, last: 30, newest };
     assert!(!pg::renew_archive_lease(&pool, &first, 60).await.unwrap());
     assert!(!pg::note_archived(&pool, &first, &late, None).await.unwrap());
@@ -210,12 +210,18 @@ async fn a_day_goes_whole_and_only_if_nothing_came_since_it_was_counted() {
     assert_eq!(read, of_day);
     assert_eq!(pg::day_count(&pool, table, day).await.unwrap(), 5);
 
-    assert!(!pg::drop_day(&pool, table, day, Some(4)).await.unwrap(), "one more has come");
-    assert!(pg::drop_day(&pool, table, day, Some(5)).await.unwrap());
-    assert!(pg::drop_day(&pool, table, day, Some(5)).await.unwrap(), "it is gone");
+    for expected in [4, 6] {
+        assert_eq!(pg::drop_day(&pool, table, day, Some(expected)).await.unwrap(), DropDay::Has(5));
+    }
+    for _ in 0..2 {
+        assert_eq!(pg::drop_day(&pool, table, day, Some(5)).await.unwrap(), DropDay::Dropped);
+    }
+    assert_eq!(pg::strays(&pool, table, day.tomorrow().unwrap(), 100).await.unwrap(), 1);
     assert_eq!(pg::sweep_strays(&pool, table, day.tomorrow().unwrap(), 100).await.unwrap(), 1);
     let left: Vec<Uuid> = sqlx::query_scalar("SELECT uid FROM occurrences").fetch_all(&pool).await.unwrap();
     assert_eq!(left, [today]);
-    let future = day.checked_add(Span::new().days(42)).unwrap();
-    pg::drop_day(&pool, table, future, None).await.unwrap_err();
+    for not_over in [40, 42] {
+        let day = day.checked_add(Span::new().days(not_over)).unwrap();
+        pg::drop_day(&pool, table, day, None).await.unwrap_err();
+    }
 }

@@ -31,7 +31,7 @@ impl ColdStorage {
     }
 
     /// Takes an incarnation of a source out of the archive, from its last batch to its first: for a table's day that is
-    /// still in its table, and is to be archived afresh.
+    /// still in its table, and is to be archived afresh under another incarnation.
     ///
     /// # Errors
     /// If the store cannot be asked, or a manifest is not readable.

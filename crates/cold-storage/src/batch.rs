@@ -23,7 +23,7 @@ pub const MAX_BATCH_BYTES: usize = 256 * 1024 * 1024;
 pub const MAX_BATCH_OBJECTS: usize = 10_000;
 
 /// How many objects are written, or read back, at the same time.
-const AT_ONCE: usize = 4;
+const AT_ONCE: usize = 16;
 
 /// Rows that are archived together.
 #[derive(Default)]
@@ -87,6 +87,12 @@ impl Batch {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// How many objects it will be.
+    #[must_use]
+    pub fn objects(&self) -> usize {
+        self.gathered.len()
     }
 
     /// How many rows it holds.

@@ -105,6 +105,11 @@ impl Config {
             "file" | "s3" => Ok(()),
             _ => refuse("url", "file:///path or s3://bucket/prefix is expected"),
         }?;
+        for (key, url) in [("url", Some(&self.url)), ("endpoint", self.endpoint.as_ref())] {
+            if url.is_some_and(|url| !url.username().is_empty() || url.password().is_some()) {
+                return refuse(key, "credentials belong in access_key_id and secret_access_key");
+            }
+        }
         if self.access_key_id.is_some() != self.secret_access_key.is_some() {
             return refuse("secret_access_key", "it and access_key_id belong together");
         }
@@ -117,14 +122,29 @@ impl Config {
 
     pub(crate) fn store(&self) -> Result<Arc<dyn ObjectStore>, Error> {
         self.check()?;
-        let open = |source| Error::Open { url: self.url.to_string(), source };
-        if let Ok(folder) = self.url.to_file_path() {
-            std::fs::create_dir_all(&folder).map_err(|cause| {
-                open(object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(cause) })
-            })?;
-            let store = LocalFileSystem::new_with_prefix(folder).map_err(open)?;
-            return Ok(Arc::new(store.with_fsync(true)));
+        match self.url.scheme() {
+            "file" => self.folder(),
+            _ => self.bucket(),
         }
+    }
+
+    fn folder(&self) -> Result<Arc<dyn ObjectStore>, Error> {
+        let folder = self
+            .url
+            .to_file_path()
+            .map_err(|()| Error::Config { key: "url", reason: "file:///path is expected".to_owned() })?;
+        std::fs::create_dir_all(&folder).map_err(|cause| {
+            self.not_opened(object_store::Error::Generic {
+                store: "LocalFileSystem",
+                source: Box::new(cause),
+            })
+        })?;
+        let store = LocalFileSystem::new_with_prefix(folder).map_err(|source| self.not_opened(source))?;
+        // Empty folders stay: removed beside a put, they could take the folder that it has just made and synced.
+        Ok(Arc::new(store.with_fsync(true)))
+    }
+
+    fn bucket(&self) -> Result<Arc<dyn ObjectStore>, Error> {
         let mut builder = match (&self.access_key_id, &self.secret_access_key) {
             (Some(id), Some(secret)) => {
                 AmazonS3Builder::new().with_access_key_id(id).with_secret_access_key(secret.expose_secret())
@@ -142,10 +162,14 @@ impl Config {
         if let Some(region) = &self.region {
             builder = builder.with_region(region);
         }
-        let store = builder.build().map_err(open)?;
+        let store = builder.build().map_err(|source| self.not_opened(source))?;
         let prefix = Path::from_url_path(self.url.path())
             .map_err(|cause| Error::Config { key: "url", reason: cause.to_string() })?;
         Ok(Arc::new(PrefixStore::new(store, prefix)))
+    }
+
+    fn not_opened(&self, source: object_store::Error) -> Error {
+        Error::Open { url: self.url.to_string(), source }
     }
 
     fn retry(&self) -> RetryConfig {

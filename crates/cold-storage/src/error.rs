@@ -118,6 +118,16 @@ pub enum Error {
         #[source]
         source: ParquetError,
     },
+    /// A file has a column that this version does not know, and would be written anew without it.
+    #[error(
+        "{path} has the column {column:?}, which this version does not know: a later one has to rewrite it"
+    )]
+    UnknownColumn {
+        /// The object.
+        path: String,
+        /// The column.
+        column: String,
+    },
     /// No dataset has this name.
     #[error("there is no dataset {0:?}")]
     UnknownDomain(String),

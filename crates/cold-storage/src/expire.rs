@@ -1,14 +1,18 @@
 //! The end of what is old.
 
 use futures::TryStreamExt as _;
-use jiff::civil::Date;
+use jiff::{SignedDuration, Timestamp, civil::Date};
 
 use crate::{
     dataset::utc_day,
     error::Error,
     manifest::{Manifest, PENDING, Source},
+    pending::pass_over,
     store::ColdStorage,
 };
+
+/// How far a publisher's clock may be ahead of the archiver's.
+const CLOCKS_DIFFER: SignedDuration = SignedDuration::from_hours(24);
 
 /// What was deleted.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +30,8 @@ impl ColdStorage {
     /// to stay, so that no hole comes to be; of a table whole days only. Objects go first and their manifest last, so
     /// that whoever is killed in between is followed up by the next one.
     ///
+    /// A row of a stream counts as at most a day newer than its batch: one with a wrong clock would keep the stream.
+    ///
     /// It must not run beside [`ColdStorage::expunge`].
     ///
     /// # Errors
@@ -37,7 +43,7 @@ impl ColdStorage {
             let mut all = true;
             for (slot, revision) in self.slots(&folder).await? {
                 let Some(manifest) = self.manifest(&slot.manifest_path(revision)).await? else { continue };
-                if utc_day(manifest.latest()) >= before {
+                if utc_day(newest(&manifest)) >= before {
                     all = false;
                     break;
                 }
@@ -72,7 +78,7 @@ impl ColdStorage {
             self.delete(&object.path).await?;
         }
         // Without its manifest nobody could tell what became of a rewrite.
-        for note in self.notes(&format!("{PENDING}/{}", slot.source)).await? {
+        for note in self.notes(&format!("{PENDING}/{}", slot.source), pass_over).await? {
             if note.slot == slot {
                 for path in &note.paths {
                     self.delete(path).await?;
@@ -88,5 +94,17 @@ impl ColdStorage {
             self.delete(&path).await?;
         }
         Ok(())
+    }
+}
+
+/// What the age of a batch is measured by.
+fn newest(manifest: &Manifest) -> Timestamp {
+    let latest = manifest.latest();
+    match manifest.source {
+        Source::Stream { .. } => {
+            latest.min(manifest.created_at.checked_add(CLOCKS_DIFFER).unwrap_or(Timestamp::MAX))
+        }
+        // Its rows are those of its day, which is what expires.
+        Source::Table { .. } => latest,
     }
 }

@@ -3,7 +3,6 @@
 use bytes::Bytes;
 use futures::TryStreamExt as _;
 use jiff::Timestamp;
-use parquet::errors::ParquetError;
 use uuid::Uuid;
 
 use crate::{
@@ -55,7 +54,8 @@ impl ColdStorage {
     /// at the source before.
     ///
     /// # Errors
-    /// If the store cannot be asked, or an object concerned is not what was written.
+    /// If the store cannot be asked, or an object concerned is not what was written; [`Error::UnknownColumn`] if a
+    /// later version wrote it.
     pub async fn expunge(
         &self,
         organization: Uuid,
@@ -63,9 +63,7 @@ impl ColdStorage {
         now: Timestamp,
     ) -> Result<Expunged, Error> {
         // One that was killed after its new manifest has left the old objects.
-        for source in self.folders(PENDING).await? {
-            let _ = self.resume(&source).await?;
-        }
+        let _ = self.resume_below(PENDING).await?;
         let erased = Erased { organization, event, now };
         let mut expunged = Expunged::default();
         let mut manifests = std::pin::pin!(self.manifests(None));
@@ -106,8 +104,9 @@ impl ColdStorage {
             let Ok(dataset) = Dataset::named(&old.domain) else { continue };
             let Some(erasure) = dataset.erasure else { continue };
             let file = self.read_object(old).await?;
-            let emptied = compute("empty payloads", move || erased.empty(dataset, erasure, file)).await?;
-            let emptied = emptied.map_err(|source| Error::Decode { path: old.path.clone(), source })?;
+            let path = old.path.clone();
+            let emptied =
+                compute("empty payloads", move || erased.empty(dataset, erasure, &path, file)).await??;
             if emptied.count == 0 {
                 continue;
             }
@@ -163,8 +162,13 @@ impl Erased {
             && earliest.is_none_or(|earliest| object.latest >= earliest)
     }
 
-    fn empty(&self, dataset: &Dataset, erasure: Erasure, file: Bytes) -> Result<Emptied, ParquetError> {
-        let found = Rows::open(file)?;
+    fn empty(&self, dataset: &Dataset, erasure: Erasure, path: &str, file: Bytes) -> Result<Emptied, Error> {
+        let unreadable = |source| Error::Decode { path: path.to_owned(), source };
+        let found = Rows::open(file).map_err(unreadable)?;
+        let known = |name: &str| dataset.columns.iter().any(|column| column.name == name);
+        if let Some(column) = found.columns.iter().find(|name| !known(name)) {
+            return Err(Error::UnknownColumn { path: path.to_owned(), column: column.clone() });
+        }
         // A file of an older version may lack a column, which then holds nothing.
         let order: Vec<Option<usize>> = dataset
             .columns
@@ -177,7 +181,7 @@ impl Erased {
         let marked = position(erasure.marked);
         let mut emptied = Emptied::default();
         for row in found {
-            let row = row?;
+            let row = row.map_err(unreadable)?;
             let value = |index: &Option<usize>| index.and_then(|index| row.get(index)).cloned();
             let mut row: Row = order.iter().map(|index| value(index).unwrap_or(Value::Null)).collect();
             let its_event = event.and_then(|index| row.get(index)).and_then(Value::as_uuid);

@@ -46,8 +46,13 @@ pub enum Source {
         name: String,
         /// The day.
         day: Date,
+        /// How often the day was begun before, and taken out of the archive again because rows had come late. Places
+        /// are not given out twice, so that whoever still believes in an earlier attempt commits into that.
+        attempt: u32,
         /// 0, 1, 2 …
         part: u64,
+        /// The key of its last row; the next part begins behind it.
+        last: Uuid,
         /// Whether it is the day's last part.
         complete: bool,
     },
@@ -61,10 +66,18 @@ impl Source {
             Self::Stream { name, incarnation, first, .. } => {
                 Slot { source: name.clone(), incarnation: incarnation.clone(), first: *first }
             }
-            Self::Table { name, day, part, .. } => {
-                Slot { source: name.clone(), incarnation: day.to_string(), first: *part }
-            }
+            Self::Table { name, day, attempt, part, .. } => Slot {
+                source: name.clone(),
+                incarnation: Self::day_incarnation(*day, *attempt),
+                first: *part,
+            },
         }
+    }
+
+    /// What an attempt at a table's day is called: the day, and from the second attempt on its number.
+    #[must_use]
+    pub fn day_incarnation(day: Date, attempt: u32) -> String {
+        if attempt == 0 { day.to_string() } else { format!("{day}-r{attempt}") }
     }
 
     /// Where the next batch begins; `None` after the last part of a day.
@@ -94,7 +107,7 @@ impl Source {
 pub struct Slot {
     /// The stream or the table.
     pub source: String,
-    /// The stream's incarnation, or the table's day.
+    /// The stream's incarnation, or the table's day with the attempt.
     pub incarnation: String,
     /// The first sequence, or the part.
     pub first: u64,

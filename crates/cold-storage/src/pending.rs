@@ -5,7 +5,9 @@
 
 use futures::TryStreamExt as _;
 use jiff::Timestamp;
+use object_store::path::Path;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::{
     error::Error,
@@ -69,26 +71,40 @@ impl Note {
 
 impl ColdStorage {
     /// Looks at what was begun for a source and not finished, and removes what has been replaced. To be called
-    /// before the first batch, and by whoever takes the source over.
+    /// before the first batch, and by whoever takes the source over. What is no readable note is passed over: a
+    /// verification names it.
     ///
     /// # Errors
-    /// If the store cannot be asked, or a note is not readable.
+    /// If the store cannot be asked, or a manifest is not readable.
     pub async fn resume(&self, source: &str) -> Result<Resumed, Error> {
         check_name("the source", source)?;
+        self.resume_below(&format!("{PENDING}/{source}")).await
+    }
+
+    /// The same for the notes below a folder.
+    pub(crate) async fn resume_below(&self, folder: &str) -> Result<Resumed, Error> {
         let mut resumed = Resumed::default();
-        for note in self.notes(&format!("{PENDING}/{source}")).await? {
+        for note in self.notes(folder, pass_over).await? {
             note.settle(self, &mut resumed).await?;
         }
         resumed.committed.sort_by_key(Manifest::slot);
         Ok(resumed)
     }
 
-    /// The notes below a folder.
-    pub(crate) async fn notes(&self, folder: &str) -> Result<Vec<Note>, Error> {
+    /// The notes below a folder. Of what is no readable note `foreign` hears the path and the reason.
+    pub(crate) async fn notes(
+        &self,
+        folder: &str,
+        mut foreign: impl FnMut(String, String),
+    ) -> Result<Vec<Note>, Error> {
         let found: Vec<_> = self.list(folder).try_collect().await?;
         let mut notes = Vec::with_capacity(found.len());
         for meta in found {
-            notes.extend(self.note(meta.location.as_ref()).await?);
+            match self.note(meta.location.as_ref()).await {
+                Ok(note) => notes.extend(note),
+                Err(Error::Unreadable { path, reason }) => foreign(path, reason),
+                Err(error) => return Err(error),
+            }
         }
         Ok(notes)
     }
@@ -100,7 +116,9 @@ impl ColdStorage {
         if note.path() != path {
             return Err(refuse(format!("it is the note of {}", note.slot)));
         }
-        if let Some(other) = note.paths.iter().find(|path| !path.starts_with(OBJECTS)) {
+        note.slot.check().map_err(|cause| refuse(cause.to_string()))?;
+        let is_object = |path: &str| path.starts_with(OBJECTS) && Path::parse(path).is_ok();
+        if let Some(other) = note.paths.iter().find(|path| !is_object(path)) {
             return Err(refuse(format!("{other} is no object")));
         }
         Ok(Some(note))
@@ -117,4 +135,9 @@ impl ColdStorage {
         }
         Ok(discarded)
     }
+}
+
+/// Leaves what is no note where it is.
+pub(crate) fn pass_over(path: String, reason: String) {
+    warn!(path, reason, "Something that is no readable note lies among the notes about batches under way");
 }

@@ -25,7 +25,8 @@ pub struct Report {
     pub rows: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Objects that no manifest names yet, or any more: a batch is being written, or was begun before a crash.
+    /// Objects that no manifest names yet, or any more: a batch is being written, or was begun before a crash. And
+    /// the newest manifest of each table's day that has no last part yet.
     pub in_progress: Vec<String>,
     /// Everything that is not as it should be.
     pub problems: Vec<Problem>,
@@ -48,6 +49,13 @@ pub enum Problem {
         /// The manifest.
         path: String,
         /// Why.
+        reason: String,
+    },
+    /// Among the notes about what is under way there is something else, or one that cannot be read.
+    Note {
+        /// Where it lies.
+        path: String,
+        /// Why it is none.
         reason: String,
     },
     /// Between two batches one is missing.
@@ -77,7 +85,7 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Object { slot, path, fault } => write!(f, "{path} {fault} ({slot})"),
-            Self::Manifest { path, reason } => write!(f, "{path}: {reason}"),
+            Self::Manifest { path, reason } | Self::Note { path, reason } => write!(f, "{path}: {reason}"),
             Self::Hole { slot, expected } => {
                 write!(f, "{} {}: {expected} to {} are missing", slot.source, slot.incarnation, before(slot))
             }
@@ -102,6 +110,10 @@ impl Problem {
                 "restore the object from a copy or an older version in the bucket; its name is its place"
             }
             Self::Manifest { .. } => "restore the manifest from a copy or an older version in the bucket",
+            Self::Note { .. } => {
+                "delete it, unless a batch is being written under another version; objects that it listed are then \
+                 reported as strays"
+            }
             Self::Hole { .. } => {
                 "restore the missing manifests; without them, the objects of the range are reported as strays"
             }
@@ -117,6 +129,8 @@ impl Problem {
 struct Chain {
     slot: Slot,
     next: Option<u64>,
+    /// Its manifest, if it is a part of a day that has to have another one.
+    open: Option<String>,
 }
 
 /// What a look at every manifest has gathered.
@@ -147,6 +161,9 @@ impl ColdStorage {
     /// Reads everything: each manifest, each object of it down to its rows, whether the ranges of a stream join, and
     /// whether there are objects that nobody names. `tell` hears of each batch.
     ///
+    /// That the first batches of a stream are missing, or its last ones, cannot be seen: they may have expired, or
+    /// not have been written yet.
+    ///
     /// # Errors
     /// If the store cannot be asked. What is wrong in the archive is in the report.
     pub async fn verify(&self, mut tell: impl FnMut(&Report)) -> Result<Report, Error> {
@@ -168,11 +185,13 @@ impl ColdStorage {
                     Err(error) => return Err(error),
                 };
                 report.problems.extend(join(chain.as_ref(), &manifest));
-                chain = Some(Chain { slot, next: manifest.source.next() });
+                let open = matches!(manifest.source, Source::Table { complete: false, .. });
+                chain = Some(Chain { slot, next: manifest.source.next(), open: open.then_some(path) });
                 seen.name(&manifest);
                 self.verify_batch(&manifest, &mut report).await?;
                 tell(&report);
             }
+            report.in_progress.extend(chain.and_then(|last| last.open));
         }
         self.find_strays(&mut seen, &mut report).await?;
         Ok(report)
@@ -223,11 +242,12 @@ impl ColdStorage {
                 }
             }
         }
+        // What was begun meanwhile is in a note; what was begun and committed, in a manifest that we have not seen.
+        let foreign = |path, reason| report.problems.push(Problem::Note { path, reason });
+        let noted = self.notes(PENDING, foreign).await?;
         if unnamed.is_empty() {
             return Ok(());
         }
-        // What was begun meanwhile is in a note; what was begun and committed, in a manifest that we have not seen.
-        let noted = self.notes(PENDING).await?;
         let noted: HashSet<String> = noted.into_iter().flat_map(|note| note.paths).collect();
         for (slot, revision) in self.slots(MANIFESTS).await? {
             let path = slot.manifest_path(revision);
@@ -268,7 +288,7 @@ fn join(before: Option<&Chain>, manifest: &Manifest) -> Option<Problem> {
         (Source::Stream { .. }, None) => return None,
         (Source::Table { .. }, None) => 0,
         // Nothing comes after the last part of a day.
-        (_, Some(Chain { next: None, slot: last })) => {
+        (_, Some(Chain { next: None, slot: last, .. })) => {
             return Some(Problem::Overlap { slot, expected: last.first.saturating_add(1) });
         }
         (_, Some(Chain { next: Some(next), .. })) => *next,

@@ -202,7 +202,7 @@ async fn schedules_and_events_that_are_due_later_are_cancelled_too() {
         }
         assert_eq!(api.get(&format!("/v1/schedules/{}", schedule.id())).await.body["state"], "cancelled");
         assert_eq!(api.get("/v1/events/w").await.body["status"], "cancelled");
-        assert_eq!(api.get("/v1/events/p").await.body["status"], "published");
+        assert_eq!(api.get("/v1/events/p").await.body["status"], "delivered");
     }
     problem(&api.bare("/v1/events/none/cancel").await, 404, "not-found");
     pool.close().await;

@@ -312,7 +312,7 @@ async fn the_deliveries_of_an_event_are_those_that_matched() {
     problem(&tenant.api.get("/v1/events/none/deliveries").await, 404, "not-found");
     let unmatched = tenant.api.post(EVENTS, json!({ "type": "other" })).await.expect(202);
     let deliveries = tenant.api.get(&format!("{EVENTS}/{}/deliveries", unmatched.id())).await.expect(200);
-    assert_eq!(deliveries.body, json!({ "items": [] }));
+    assert_eq!(deliveries.body["items"], json!([]));
     bus.stop().await;
 }
 

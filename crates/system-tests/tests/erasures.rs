@@ -50,6 +50,7 @@ fn archiver_of_events(pool: &PgPool, cold: &ColdStorage, clock: Arc<dyn Clock>) 
     TableArchiver {
         table: DayTable::Events,
         retention: TableRetention { keep_days: 1, archive: Archive::Archive },
+        by_stream: None,
         cold: cold.clone(),
         leases: leases(pool, "tables"),
         config: ArchiveConfig {

@@ -74,7 +74,11 @@ impl Archive {
         if let Some(file) = &self.config {
             figment = figment.merge(Toml::file_exact(file));
         }
-        let mut section: Dict = figment.extract_inner(SECTION).unwrap_or_default();
+        let mut section: Dict = match figment.extract_inner(SECTION) {
+            Ok(section) => section,
+            Err(error) if error.missing() => Dict::new(),
+            Err(error) => return Err(error).with_context(|| format!("read [{SECTION}]")),
+        };
         for (name, value) in environment {
             if let Some(key) = name.strip_prefix(VARIABLES) {
                 let key = key.to_ascii_lowercase();
@@ -161,6 +165,21 @@ mod tests {
         assert_eq!(read.secret_access_key.unwrap().expose_secret(), "12345");
         assert!(read.allow_http);
         assert!(archive(None, None).configuration(HashMap::new()).is_err());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_not_passed_over() {
+        let folder = devkit::paths::RunDir::create().unwrap();
+        let file = folder.path().join("archiver.toml");
+        let read = || archive(Some(file.clone()), Some("s3://two/")).configuration(HashMap::new());
+        let refused = format!("{:#}", read().unwrap_err());
+        assert!(refused.contains("archiver.toml"), "{refused}");
+        for broken in ["[cold", "cold = 1", "[cold]\nallow_http = 'perhaps'"] {
+            fs::write(&file, broken).unwrap();
+            assert!(read().is_err(), "{broken}");
+        }
+        fs::write(&file, "[nats]\nreplicas = 3\n").unwrap();
+        assert_eq!(read().unwrap().url.as_str(), "s3://two/");
     }
 
     #[test]

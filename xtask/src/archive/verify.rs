@@ -11,6 +11,9 @@ use crate::ui::{self, BAD, FAINT, GOOD, paint};
 /// Between two lines about how far it is.
 const TELL: Duration = Duration::from_secs(2);
 
+/// So many of what is not finished are named.
+const SHOWN: usize = 20;
+
 pub(super) async fn run(cold: &ColdStorage) -> Result<()> {
     let mut told = Instant::now();
     let tell = |report: &Report| {
@@ -26,7 +29,13 @@ pub(super) async fn run(cold: &ColdStorage) -> Result<()> {
     }
     if !report.in_progress.is_empty() {
         let count = report.in_progress.len();
-        ui::line(paint(FAINT, format!("  {count} objects belong to a batch that is not finished.")));
+        ui::line(paint(
+            FAINT,
+            format!("  {count} belong to a batch, or to a table's day, that is not finished:"),
+        ));
+        for path in report.in_progress.iter().take(SHOWN) {
+            ui::line(paint(FAINT, format!("    {path}")));
+        }
     }
     if !report.problems.is_empty() {
         bail!("{} problems in {}", report.problems.len(), summary(&report));

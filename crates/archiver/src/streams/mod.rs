@@ -20,7 +20,7 @@ use bus_core::{
     streams::Described,
 };
 use cold_storage::{ColdStorage, Error as ColdError, Manifest, Slot, Source};
-use jiff::Timestamp;
+use jiff::SignedDuration;
 use metrics::{counter, gauge};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
@@ -34,6 +34,9 @@ use crate::{
 
 /// Between two looks at a stream of which nothing is due.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How long the broker may take to be there before the lease is given back.
+const REACHED: Duration = Duration::from_secs(10);
 
 /// Moves one stream.
 pub(crate) struct StreamArchiver {
@@ -63,7 +66,12 @@ impl LeasedWork for StreamArchiver {
     }
 
     async fn begin(&self) -> Result<(), ArchiveError> {
-        self.nats.prepare_archived().await.during("create the archived streams")?;
+        const OPERATION: &str = "create the archived streams";
+        // Not for as long as it takes: another archiver may reach the broker.
+        tokio::time::timeout(REACHED, self.nats.prepare_archived())
+            .await
+            .during(OPERATION)?
+            .during(OPERATION)?;
         let resumed = self.cold.resume(self.name()).await?;
         if resumed.discarded > 0 || resumed.open > 0 {
             let (discarded, open) = (resumed.discarded, resumed.open);
@@ -100,12 +108,13 @@ impl StreamArchiver {
     ) -> Result<(), ArchiveError> {
         let known = position.incarnation.as_deref();
         let same = known.is_some_and(|known| known.split("-r").next() == Some(&state.created));
-        if same && position.next <= state.last + 1 {
+        let rewound = same && self.is_rewound(position, state).await?;
+        if same && !rewound {
             return Ok(());
         }
         let incarnation = match known {
-            // The same stream, which has gone back: its numbers are given out a second time.
-            Some(known) if same => {
+            // Its numbers are given out a second time.
+            Some(known) if rewound => {
                 error!(
                     source = self.name(),
                     archived = position.next - 1,
@@ -117,16 +126,41 @@ impl StreamArchiver {
             }
             _ => state.created.clone(),
         };
-        // The database may have lost its account where cold storage has not.
-        let archived = self.cold.last_manifest(self.name(), &incarnation).await?;
-        let next = archived.and_then(|manifest| manifest.source.next()).unwrap_or(state.first);
-        let to = ArchivePosition { incarnation: Some(incarnation), next, after: None };
+        let next = match position.last_at.filter(|_| rewound) {
+            // What came before is in cold storage, under numbers of the incarnation before.
+            Some(archived) => self.first_after(archived).await?.unwrap_or(state.last + 1),
+            // The database may have lost its account where cold storage has not.
+            None => {
+                let archived = self.cold.last_manifest(self.name(), &incarnation).await?;
+                archived.and_then(|manifest| manifest.source.next()).unwrap_or(state.first)
+            }
+        };
+        let incarnation = Some(incarnation);
+        let to = ArchivePosition { incarnation, next, after: None, last_at: position.last_at };
         if !pg::restart_archive_source(&self.leases.pool, lease, &to).await? {
             return Err(ArchiveError::LeaseLost(lease.source.clone()));
         }
         info!(source = self.name(), incarnation = to.incarnation, next, "Begins to archive a stream");
         *position = to;
         Ok(())
+    }
+
+    /// Whether the broker has gone back to an earlier state: it has not yet come to the position again, or has put
+    /// another message where the last archived one was.
+    async fn is_rewound(
+        &self,
+        position: &ArchivePosition,
+        state: &StreamState,
+    ) -> Result<bool, ArchiveError> {
+        if position.next > state.last + 1 {
+            return Ok(true);
+        }
+        let Some(archived) = position.last_at.filter(|_| position.next > state.first) else {
+            return Ok(false);
+        };
+        let there = self.time_of(position.next - 1).await?;
+        // The database keeps microseconds.
+        Ok(there.is_some_and(|there| there.duration_since(archived).abs() > SignedDuration::from_micros(1)))
     }
 
     /// Whether enough has gathered, or has waited long enough.
@@ -138,14 +172,15 @@ impl StreamArchiver {
             behind.set(0);
             return Ok(false);
         }
-        // What was deleted under us is of no age, and has waited long enough.
-        let since = self.time_of(position.next).await?.unwrap_or(Timestamp::UNIX_EPOCH);
-        let age = Duration::try_from(self.clock.now().duration_since(since)).unwrap_or_default();
-        behind.set(age.as_secs_f64());
+        // What was deleted under us is of no age; the batch that says so is due.
+        let since = self.time_of(position.next).await?;
+        let age =
+            since.map(|since| Duration::try_from(self.clock.now().duration_since(since)).unwrap_or_default());
+        behind.set(age.unwrap_or_default().as_secs_f64());
         let bytes = state.bytes / state.messages.max(1) * waiting;
-        Ok(waiting >= self.config.batch_messages
-            || bytes >= self.config.batch_bytes
-            || age >= Duration::from_secs(self.config.batch_age_s))
+        Ok(age.is_none_or(|age| age >= Duration::from_secs(self.config.batch_age_s))
+            || waiting >= self.config.batch_messages
+            || bytes >= self.config.batch_bytes)
     }
 
     /// One batch, from the position on.
@@ -164,12 +199,13 @@ impl StreamArchiver {
         let Some(next) = manifest.source.next() else {
             return Err(ArchiveError::Vanished { source_name: slot.source, first: slot.first });
         };
-        let batch = ArchivedBatch { first: slot.first, last: next - 1, newest: manifest.created_at };
+        let newest = self.time_of(next - 1).await?.unwrap_or(manifest.created_at);
+        let batch = ArchivedBatch { first: slot.first, last: next - 1, newest };
         if !pg::note_archived(&self.leases.pool, lease, &batch, None).await? {
             return Err(ArchiveError::LeaseLost(lease.source.clone()));
         }
         fault::point("archiver.noted").await;
-        position.next = next;
+        (position.next, position.last_at) = (next, Some(newest));
         Ok(())
     }
 

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::{
-    Message,
-    consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
-    stream::{RawMessageErrorKind, Stream},
+use async_nats::{
+    datetime::DateTime,
+    jetstream::{
+        Message,
+        consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
+        stream::{RawMessageErrorKind, Stream},
+    },
 };
 use futures::StreamExt as _;
 use jiff::{Timestamp, tz::TimeZone};
@@ -17,7 +20,7 @@ use crate::error::{ArchiveError, During as _};
 const PULL_WAIT: Duration = Duration::from_secs(5);
 
 /// Messages of one pull.
-const PULL: usize = 1_000;
+const PULL: usize = 200;
 
 /// A consumer that nobody pulls from any more is gone after this time.
 const INACTIVE: Duration = Duration::from_secs(30);
@@ -33,8 +36,9 @@ pub(super) struct StreamState {
     pub(super) last: u64,
     pub(super) messages: u64,
     pub(super) bytes: u64,
-    /// The most bytes that it takes.
+    /// The most bytes and the most messages that it takes.
     pub(super) limit: Option<u64>,
+    pub(super) most_messages: Option<u64>,
 }
 
 /// A part of a stream.
@@ -67,6 +71,7 @@ impl StreamArchiver {
             messages: info.state.messages,
             bytes: info.state.bytes,
             limit: u64::try_from(info.config.max_bytes).ok().filter(|bytes| *bytes > 0),
+            most_messages: u64::try_from(info.config.max_messages).ok().filter(|messages| *messages > 0),
         })
     }
 
@@ -79,6 +84,41 @@ impl StreamArchiver {
             }
             Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
             Err(error) => Err(error).during(OPERATION),
+        }
+    }
+
+    /// The first message from this number on, as the stream's leader has it.
+    async fn next_in(&self, stream: &Stream<()>, from: u64) -> Result<Option<u64>, ArchiveError> {
+        match stream.get_first_raw_message_by_subject(">", from).await {
+            Ok(message) => Ok(Some(message.sequence)),
+            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
+            Err(error) => Err(error).during("look for the next message of a stream"),
+        }
+    }
+
+    /// The first message that came to the stream later than this.
+    pub(super) async fn first_after(&self, time: Timestamp) -> Result<Option<u64>, ArchiveError> {
+        const OPERATION: &str = "look for what came to a stream later";
+        let start = time.as_nanosecond() + 1_000;
+        let start_time = DateTime::from_unix_timestamp_nanos(start).during(OPERATION)?;
+        let config = pull::Config {
+            deliver_policy: DeliverPolicy::ByStartTime { start_time },
+            ack_policy: AckPolicy::None,
+            headers_only: true,
+            inactive_threshold: INACTIVE,
+            memory_storage: true,
+            num_replicas: 1,
+            ..pull::Config::default()
+        };
+        let consumer: PullConsumer = self.handle().await?.create_consumer(config).await.during(OPERATION)?;
+        if consumer.cached_info().num_pending == 0 {
+            return Ok(None);
+        }
+        let mut pulled =
+            consumer.batch().max_messages(1).expires(PULL_WAIT).messages().await.during(OPERATION)?;
+        match pulled.next().await {
+            Some(message) => read(message.during(OPERATION)?).map(|(stored, ..)| Some(stored.sequence)),
+            None => Err("the broker sends nothing").during(OPERATION),
         }
     }
 
@@ -106,6 +146,7 @@ impl StreamArchiver {
             let mut pulled =
                 consumer.batch().max_messages(pull).expires(PULL_WAIT).messages().await.during(OPERATION)?;
             let before = delivered;
+            let mut exhausted = false;
             while let Some(message) = pulled.next().await {
                 let (stored, pending, nth) = read(message.during(OPERATION)?)?;
                 delivered += 1;
@@ -118,15 +159,17 @@ impl StreamArchiver {
                 if sequence <= last {
                     range.messages.push(stored);
                 }
-                // The range may end with messages that are deleted: then nothing comes that would say so.
-                range.last = if pending == 0 { last.max(sequence) } else { sequence };
-                if range.last >= last {
+                range.last = sequence;
+                exhausted = pending == 0;
+                if sequence >= last || exhausted || bytes >= self.config.batch_bytes {
                     break;
                 }
             }
-            if delivered == before {
-                if consumer.get_info().await.during(OPERATION)?.num_pending > 0 {
-                    return Err("the broker sends nothing").during(OPERATION);
+            let silent = delivered == before;
+            if (silent || exhausted) && range.last < last {
+                // The consumer may be on a replica that does not have it all yet: the stream's leader decides.
+                if self.next_in(&stream, range.last + 1).await?.is_some_and(|next| next <= last) {
+                    return Err("the broker sends less than the stream has").during(OPERATION);
                 }
                 // Nothing from here on: all of it was deleted.
                 range.last = last;

@@ -19,14 +19,20 @@ use crate::error::{ArchiveError, During as _};
 const BATCHES: u32 = 100;
 
 /// A stream that is fuller than this loses what is archived before its time: sooner that than to refuse what is new.
-const FULL: f64 = 0.8;
+const FULL_PERCENT: u128 = 80;
 
 impl StreamArchiver {
     /// Gauges of how full the stream is; a full one refuses what comes.
     pub(super) fn report(&self, state: &StreamState) {
         let name = || self.stream.config.name.clone();
         gauge!("bus_stream_bytes", "stream" => name()).set(state.bytes as f64);
-        gauge!("bus_stream_limit_bytes", "stream" => name()).set(state.limit.unwrap_or(0) as f64);
+        if let Some(limit) = state.limit {
+            gauge!("bus_stream_limit_bytes", "stream" => name()).set(limit as f64);
+        }
+        if let Some(most) = state.most_messages {
+            gauge!("bus_stream_messages", "stream" => name()).set(state.messages as f64);
+            gauge!("bus_stream_limit_messages", "stream" => name()).set(most as f64);
+        }
     }
 
     pub(super) async fn trim(
@@ -36,14 +42,17 @@ impl StreamArchiver {
         state: &StreamState,
     ) -> Result<(), ArchiveError> {
         let name = &self.stream.config.name;
-        let full = state.limit.is_some_and(|limit| state.bytes as f64 > limit as f64 * FULL);
-        if self.stream.keep == Duration::ZERO && !full {
+        let surplus = surplus(state);
+        if self.stream.keep == Duration::ZERO && surplus == 0 {
             return Ok(());
         }
         let keep = SignedDuration::try_from(self.stream.keep).unwrap_or(SignedDuration::MAX);
         let horizon = self.clock.now().saturating_sub(keep).unwrap_or(jiff::Timestamp::MIN);
         let batches = pg::archived_batches(&self.leases.pool, name, BATCHES).await?;
-        let expired: Vec<_> = batches.iter().take_while(|batch| full || batch.newest <= horizon).collect();
+        // Of a full stream only as much as makes it less so.
+        let enough = state.first.saturating_add(surplus);
+        let expired: Vec<_> =
+            batches.iter().take_while(|batch| batch.newest <= horizon || batch.first < enough).collect();
         let Some(last) = expired.last() else { return Ok(()) };
         // History reads the same stream, at its own pace.
         let upto = match self.unread_by_history().await? {
@@ -53,7 +62,8 @@ impl StreamArchiver {
         if expired.first().is_none_or(|first| upto <= first.first) {
             return Ok(());
         }
-        let trimmed = if upto > state.first { self.purge(lease, position, &expired, upto).await? } else { 0 };
+        let trimmed =
+            if upto > state.first { self.purge(lease, position, state, &expired, upto).await? } else { 0 };
         if !pg::note_trimmed(&self.leases.pool, lease, upto).await? {
             return Err(ArchiveError::LeaseLost(lease.source.clone()));
         }
@@ -69,6 +79,7 @@ impl StreamArchiver {
         &self,
         lease: &ArchiveLease,
         position: &ArchivePosition,
+        state: &StreamState,
         expired: &[&ArchivedBatch],
         upto: u64,
     ) -> Result<u64, ArchiveError> {
@@ -81,6 +92,10 @@ impl StreamArchiver {
             }
         }
         fault::point("archiver.before-trim").await;
+        // Much may have happened since the round began.
+        if self.state().await?.created != state.created {
+            return Err(ArchiveError::Replaced(name.clone()));
+        }
         self.leases.check(lease).await?;
         let stream = self.nats.jetstream.get_stream_no_info(name).await.during("look up a stream")?;
         let purged = stream.purge().sequence(upto).await.during("trim a stream")?;
@@ -98,4 +113,18 @@ impl StreamArchiver {
         let unread = info.num_pending > 0 || info.num_ack_pending > 0;
         Ok(unread.then_some(info.ack_floor.stream_sequence + 1))
     }
+}
+
+/// How many messages a stream has above the mark, by the limit that is nearer.
+fn surplus(state: &StreamState) -> u64 {
+    let above = |has: u64, limit: Option<u64>| {
+        let Some(limit) = limit else { return 0 };
+        let mark = u128::from(limit) * FULL_PERCENT / 100;
+        if u128::from(has) <= mark {
+            return 0;
+        }
+        let below = u128::from(state.messages) * mark / u128::from(has);
+        state.messages - u64::try_from(below).unwrap_or(state.messages)
+    };
+    above(state.bytes, state.limit).max(above(state.messages, state.most_messages))
 }

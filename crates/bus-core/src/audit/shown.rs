@@ -60,11 +60,15 @@ pub(crate) fn connection(connection: &Connection) -> Value {
     shown
 }
 
-/// Receivers are given tokens in the query, and records are kept for long.
+/// Receivers are given tokens in the query, and often in the path, and records are kept for long: only where it goes is
+/// shown.
 fn url(url: &Url) -> String {
     let mut shown = url.clone();
     if shown.query().is_some() {
         shown.set_query(Some(REDACTED));
+    }
+    if shown.path() != "/" {
+        shown.set_path(REDACTED);
     }
     // A webhook's URL has none; should one get into the table, it is a credential. Only a URL without a host refuses.
     let _ = shown.set_username("");

@@ -27,8 +27,10 @@ pub struct ArchivePosition {
     pub incarnation: Option<String>,
     /// Everything before it is in cold storage.
     pub next: u64,
-    /// The key of the last row, where positions count the rows of a table's day.
+    /// The key of the last row, where positions count the parts of a table's day.
     pub after: Option<Uuid>,
+    /// When the last message that is in cold storage came to the stream (the broker's time).
+    pub last_at: Option<Timestamp>,
 }
 
 /// A batch that is in cold storage.
@@ -59,7 +61,7 @@ pub async fn take_archive_lease(
         "UPDATE archive_sources
          SET epoch = epoch + 1, holder = $2, lease_until = now() + make_interval(secs => $3)
          WHERE source = $1 AND lease_until < now()
-         RETURNING epoch, incarnation, next, after",
+         RETURNING epoch, incarnation, next, after, last_at",
     )
     .bind(source)
     .bind(holder)
@@ -84,13 +86,14 @@ fn position(row: &PgRow) -> Result<ArchivePosition, sqlx::Error> {
         // The table's CHECK keeps it positive.
         next: row.try_get::<i64, _>("next")?.unsigned_abs(),
         after: row.try_get("after")?,
+        last_at: row.try_get::<Option<jiff_sqlx::Timestamp>, _>("last_at")?.map(|at| at.to_jiff()),
     })
 }
 
 /// How far a source is, whoever holds its lease; `None` if nothing of it was ever archived.
 pub async fn archive_position(pool: &PgPool, source: &str) -> Result<Option<ArchivePosition>, StoreError> {
     const OPERATION: &str = "read how far an archive source is";
-    let row = sqlx::query("SELECT incarnation, next, after FROM archive_sources WHERE source = $1")
+    let row = sqlx::query("SELECT incarnation, next, after, last_at FROM archive_sources WHERE source = $1")
         .bind(source)
         .fetch_optional(pool)
         .await
@@ -137,7 +140,7 @@ pub async fn restart_archive_source(
 ) -> Result<bool, StoreError> {
     let restarted = sqlx::query(
         "WITH held AS (
-             UPDATE archive_sources SET incarnation = $3, next = $4, trimmed = least($4, 1), after = $5
+             UPDATE archive_sources SET incarnation = $3, next = $4, trimmed = least($4, 1), after = $5, last_at = $6
              WHERE source = $1 AND epoch = $2
              RETURNING source
          ),
@@ -150,6 +153,7 @@ pub async fn restart_archive_source(
     .bind(&to.incarnation)
     .bind(signed(to.next))
     .bind(to.after)
+    .bind(to.last_at.map(jiff_sqlx::Timestamp::from))
     .fetch_one(pool)
     .await
     .and_then(|row| row.try_get(0))
@@ -167,7 +171,7 @@ pub async fn note_archived(
 ) -> Result<bool, StoreError> {
     let noted = sqlx::query(
         "WITH held AS (
-             UPDATE archive_sources SET next = $4 + 1, after = $6
+             UPDATE archive_sources SET next = $4 + 1, after = $6, last_at = $5
              WHERE source = $1 AND epoch = $2 AND next = $3
              RETURNING source
          ),

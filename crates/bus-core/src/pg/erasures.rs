@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// The most jobs of one organization that are not done.
-pub const MAX_OPEN_ERASURES: i64 = 1_000;
+pub const MAX_OPEN_ERASURES: i64 = 100;
 
 /// How long a finished job is kept, days. It goes when the organization creates the next one; its audit records stay.
 pub const ERASURES_KEPT_DAYS: i32 = 365;
@@ -246,10 +246,12 @@ pub async fn erasures(
 
 /// The jobs that are not done, of all organizations, oldest first, at most `limit`.
 pub async fn open_erasures(pool: &PgPool, limit: u32) -> Result<Vec<Erasure>, StoreError> {
+    // Those that were not tried for the longest time: one that fails again and again stands behind the others.
     let rows: Vec<ErasureRow> = sqlx::query_as(concat!(
-        "SELECT ",
+        "UPDATE erasures SET tried_at = clock_timestamp() WHERE id IN (
+             SELECT id FROM erasures WHERE state <> 'done' ORDER BY tried_at NULLS FIRST, id LIMIT $1)
+         RETURNING ",
         columns!(),
-        " FROM erasures WHERE state <> 'done' ORDER BY id LIMIT $1"
     ))
     .bind(i64::from(limit))
     .fetch_all(pool)

@@ -122,6 +122,17 @@ impl StoreError {
         }
     }
 
+    /// Whether the database refused what it was given (22: data exception, 23: integrity constraint violation), so that
+    /// the same call will never succeed.
+    pub fn is_refused(&self) -> bool {
+        match self {
+            Self::Database { source: sqlx::Error::Database(error), .. } => {
+                error.code().is_some_and(|code| code.starts_with("22") || code.starts_with("23"))
+            }
+            _ => false,
+        }
+    }
+
     /// The name of the violated constraint, if one was.
     pub fn constraint(&self) -> Option<&str> {
         match self {
@@ -197,6 +208,12 @@ pub async fn transaction_time(transaction: &mut PgConnection) -> Result<Timestam
     let now: jiff_sqlx::Timestamp =
         sqlx::query_scalar("SELECT now()").fetch_one(transaction).await.during("read the database's time")?;
     Ok(now.to_jiff())
+}
+
+/// The time by the database's clock.
+pub async fn database_time(pool: &PgPool) -> Result<Timestamp, StoreError> {
+    let mut connection = acquire(pool).await?;
+    transaction_time(&mut connection).await
 }
 
 /// Should this process be cut off from the database in the middle of the transaction, the database ends it after so

@@ -150,21 +150,84 @@ pub async fn day_rows(
         .during("read the rows of a day")
 }
 
-/// Removes a day of a table with all its rows; if `expected` is given, only if there are as many, none having come
-/// since they were counted. Says whether it is gone.
+/// What became of a day that was to be dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DropDay {
+    /// It is gone.
+    Dropped,
+    /// It is as it was: it has so many rows, and not as many as expected.
+    Has(u64),
+}
+
+/// How long the rows of a day may take to be counted.
+const COUNT: &str = "600s";
+
+/// Removes a day of a table with all its rows; if `expected` is given, only if there are as many, counted while nobody
+/// can write to it.
 pub async fn drop_day(
     pool: &PgPool,
     table: DayTable,
     day: Date,
     expected: Option<u64>,
-) -> Result<bool, StoreError> {
-    sqlx::query_scalar("SELECT drop_day_partition($1, $2::text::date, $3)")
+) -> Result<DropDay, StoreError> {
+    const OPERATION: &str = "drop a partition";
+    let mut transaction = pool.begin().await.during(OPERATION)?;
+    // More than a statement may take otherwise.
+    sqlx::query("SELECT set_config('statement_timeout', $1, true)")
+        .bind(COUNT)
+        .execute(&mut *transaction)
+        .await
+        .during(OPERATION)?;
+    let found: Option<i64> = sqlx::query_scalar("SELECT drop_day_partition($1, $2::text::date, $3)")
         .bind(table.name())
         .bind(day.to_string())
         .bind(expected.map(|rows| i64::try_from(rows).unwrap_or(i64::MAX)))
+        .fetch_one(&mut *transaction)
+        .await
+        .during(OPERATION)?;
+    transaction.commit().await.during(OPERATION)?;
+    Ok(found.map_or(DropDay::Dropped, |rows| DropDay::Has(rows.unsigned_abs())))
+}
+
+/// How many audit records of a day the audit stream does not have yet.
+pub async fn unrelayed_records(pool: &PgPool, day: Date) -> Result<u64, StoreError> {
+    let (from, to) = bounds(day);
+    let rows: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM audit_records WHERE relayed_at IS NULL AND id >= $1 AND id < $2",
+    )
+    .bind(from)
+    .bind(to)
+    .fetch_one(pool)
+    .await
+    .during("count audit records that the stream does not have")?;
+    Ok(rows.unsigned_abs())
+}
+
+/// How many rows of the days before `horizon` lie in no partition of their day, at most `limit`.
+pub async fn strays(pool: &PgPool, table: DayTable, horizon: Date, limit: u32) -> Result<u64, StoreError> {
+    let sql = match table {
+        DayTable::Events => "SELECT count(*) FROM (SELECT FROM events WHERE uid < $1 AND tableoid = 'events_default'::regclass
+              LIMIT $2) s",
+        DayTable::DeliveryAttempts => {
+            "SELECT count(*) FROM (SELECT FROM delivery_attempts WHERE event_uid < $1 AND tableoid = 'delivery_attempts_default'::regclass
+              LIMIT $2) s"
+        }
+        DayTable::Occurrences => {
+            "SELECT count(*) FROM (SELECT FROM occurrences WHERE uid < $1 AND tableoid = 'occurrences_default'::regclass
+              LIMIT $2) s"
+        }
+        DayTable::AuditRecords => {
+            "SELECT count(*) FROM (SELECT FROM audit_records WHERE id < $1 AND tableoid = 'audit_records_default'::regclass
+              LIMIT $2) s"
+        }
+    };
+    let rows: i64 = sqlx::query_scalar(sql)
+        .bind(uuid_floor(midnight(horizon)))
+        .bind(i64::from(limit))
         .fetch_one(pool)
         .await
-        .during("drop a partition")
+        .during("count rows outside of their day")?;
+    Ok(rows.unsigned_abs())
 }
 
 /// Removes at most `limit` rows of the days before `horizon` that lie in no partition of their day: what came late, for

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use async_nats::jetstream::stream::{DiscardPolicy, RetentionPolicy};
+use async_nats::jetstream::stream::{DiscardPolicy, RetentionPolicy, StorageType};
 
 use super::{AUDIT, Archive, DEAD, DELIVER, StreamSpec};
 use crate::config::NatsConfig;
@@ -51,6 +51,12 @@ fn stream_problem(name: &str, spec: &StreamSpec, nats: &NatsConfig) -> Option<St
     if spec.archive == Archive::Archive && spec.discard() != DiscardPolicy::New {
         return Some(
             "archive \"archive\" needs discard \"new\": what is not archived yet must not be pushed out"
+                .into(),
+        );
+    }
+    if spec.archive == Archive::Archive && spec.storage != StorageType::File {
+        return Some(
+            "archive \"archive\" needs storage \"file\": what is not archived yet must outlast the broker"
                 .into(),
         );
     }
@@ -112,6 +118,9 @@ fn own_problem(streams: &BTreeMap<String, StreamSpec>) -> Option<String> {
              done, and no other way"
                 .into(),
         );
+    }
+    if deliver.storage != StorageType::File {
+        return Some("streams.deliver: storage must be \"file\": deliveries must outlast the broker".into());
     }
     if deliver.max_age_s != 0 {
         return Some("streams.deliver: max_age_s must be 0: deliveries end by worker.lifetime_s".into());

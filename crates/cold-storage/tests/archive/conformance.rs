@@ -1,6 +1,6 @@
 //! What an archive promises in any store.
 
-use cold_storage::{Batch, EVENTS, Error, Query, RECEIPTS, Value};
+use cold_storage::{Batch, ColdStorage, Config, EVENTS, Error, Query, RECEIPTS, Value};
 use futures::TryStreamExt as _;
 
 use crate::support::*;
@@ -12,6 +12,7 @@ on_both_stores! {
     a_query_finds_what_is_asked_for_and_reads_nothing_else,
     of_two_writers_one_wins,
     what_is_old_expires_and_leaves_no_hole,
+    a_row_with_a_wrong_clock_keeps_no_batch,
 }
 
 async fn the_store_refuses_to_create_what_is_there(store: &Store) {
@@ -137,6 +138,35 @@ async fn what_is_old_expires_and_leaves_no_hole(store: &Store) {
     let expired = store.cold.expire(jiff::civil::date(2026, 12, 1)).await.unwrap();
     assert_eq!(expired.batches, 3);
     assert_eq!(store.paths("").await, Vec::<String>::new());
+}
+
+async fn a_row_with_a_wrong_clock_keeps_no_batch(store: &Store) {
+    let mut batch = receipts(1, 1);
+    batch.push(&RECEIPTS, receipt(organization(1), at("2099-01-01T00:00:00Z"), 2)).unwrap();
+    let written = batch.write(&store.cold, stream(1, 2), "writer-1", noon(11)).await.unwrap();
+    written.confirm(&store.cold).await.unwrap().commit(&store.cold).await.unwrap();
+    let expired = async |day| store.cold.expire(jiff::civil::date(2026, 11, day)).await.unwrap().batches;
+    assert_eq!(expired(12).await, 0, "clocks may differ by a day");
+    assert_eq!(expired(13).await, 1);
+}
+
+#[tokio::test]
+async fn an_address_names_what_its_scheme_says_and_no_credentials() {
+    devkit::install_tls_provider();
+    let folder = tempfile::TempDir::new().unwrap();
+    let prefix = folder.path().join("archive");
+    let bucket = format!("s3://localhost{}", prefix.display());
+    ColdStorage::open(&Config::at(bucket.parse().unwrap())).unwrap();
+    assert!(!prefix.exists(), "a bucket is no folder");
+
+    let bucket = |url: &str| Config::at(url.parse().unwrap());
+    for url in ["s3://id:secret@archive/bus", "s3://id@archive/bus"] {
+        let problem = bucket(url).problem().unwrap();
+        assert_eq!(problem, "cold.url: credentials belong in access_key_id and secret_access_key");
+    }
+    let endpoint = Some("https://id:secret@minio.internal:9000".parse().unwrap());
+    let problem = Config { endpoint, ..bucket("s3://archive/bus") }.problem().unwrap();
+    assert!(problem.starts_with("cold.endpoint: credentials"), "{problem}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Payloads that are to be forgotten.
 
-use cold_storage::{Batch, ColdStorage, EVENTS, Expunged, RECEIPTS, Value};
+use cold_storage::{Batch, ColdStorage, Column, Dataset, EVENTS, Error, Expunged, Kind, RECEIPTS, Value};
 use devkit::s3::S3;
 
 use crate::{
@@ -65,6 +65,28 @@ async fn payloads_are_emptied_and_the_rest_stays(store: &Store) {
     let expired = cold.expire(jiff::civil::date(2027, 1, 1)).await.unwrap();
     assert_eq!(expired.batches, 2);
     assert_eq!(store.paths("").await, Vec::<String>::new());
+}
+
+/// The dataset of a version to come, as far as a test can tell.
+fn events_to_come() -> &'static Dataset {
+    let mut columns = EVENTS.columns.to_vec();
+    columns.push(Column { name: "attachment", kind: Kind::Bytes, nullable: true });
+    Box::leak(Box::new(Dataset { columns: columns.leak(), ..EVENTS }))
+}
+
+#[tokio::test]
+async fn what_a_later_version_wrote_is_not_rewritten_without_its_columns() {
+    let store = Store::files().await;
+    let mut row = event(organization(1), noon(10), 1);
+    row.push(Value::Bytes(b"attached".as_slice().into()));
+    let mut batch = Batch::new();
+    batch.push(events_to_come(), row).unwrap();
+    let written = batch.write(&store.cold, stream(1, 1), "writer-1", noon(11)).await.unwrap();
+    written.confirm(&store.cold).await.unwrap().commit(&store.cold).await.unwrap();
+    let before = store.paths("").await;
+    let refused = store.cold.expunge(organization(1), None, noon(12)).await.unwrap_err();
+    assert!(matches!(&refused, Error::UnknownColumn { column, .. } if column == "attachment"), "{refused}");
+    assert_eq!(store.paths("").await, before);
 }
 
 #[tokio::test]

@@ -27,7 +27,7 @@ async fn an_upload_that_fails_once_is_repeated(proxy: &Proxy) {
     {
         let prefix = format!("once-{number}");
         let mut config = s3_config(proxy.url(), &prefix);
-        config.request_timeout_ms = 1_000;
+        config.request_timeout_ms = 5_000;
         let cold = ColdStorage::open(&config).unwrap();
         for (first, path) in (1..).zip(UPLOADS) {
             proxy.rule(Rule::upload(path, fault));

@@ -215,19 +215,28 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn the_time_of_a_child_counts_while_it_runs_and_when_it_has_ended() {
-        let own = std::process::id();
+        use std::io::{Read as _, Write as _};
+
+        // The parent is a shell, and not this process, whose children come and go with other tests.
         let count = "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; echo; read -r _";
+        let parent = r#"read -r _; /bin/sh -c "$0"; echo; read -r _"#;
         let mut shell = Command::new("/bin/sh");
-        shell.args(["-c", count]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let before = processor_time(own).unwrap();
-        let mut child = shell.spawn().unwrap();
-        // It has counted when it says something.
-        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
-        let running = processor_time(own).unwrap();
-        assert!(running >= before + Duration::from_millis(TICK_MS), "{before:?}, {running:?}");
-        drop(child.stdin.take());
-        child.wait().unwrap();
-        assert!(processor_time(own).unwrap() >= running);
+        shell.args(["-c", parent, count]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut shell = shell.spawn().unwrap();
+        let (mut told, mut says) = (shell.stdin.take().unwrap(), shell.stdout.take().unwrap());
+        // Lets the shell go on until it says something.
+        let mut go_on = || {
+            told.write_all(b"\n").unwrap();
+            says.read_exact(&mut [0]).unwrap();
+            processor_time(shell.id()).unwrap()
+        };
+        let before = processor_time(shell.id()).unwrap();
+        let counted = go_on();
+        assert!(counted >= before + Duration::from_millis(TICK_MS), "{before:?}, {counted:?}");
+        let ended = go_on();
+        assert!(ended >= counted, "{counted:?}, {ended:?}");
+        drop(told);
+        shell.wait().unwrap();
     }
 
     #[test]
