@@ -24,7 +24,7 @@ use devkit::{
     database::Database,
     processes::Role,
     receiver::{Answer, Receiver},
-    servers::shared_servers,
+    servers::{connect_nats, shared_servers},
     stack::{Stack, StackOptions},
     wait_until,
 };
@@ -225,7 +225,7 @@ async fn an_erased_payload_is_nowhere_whenever_the_archiver_dies() {
     let cancelled = acme.api.publish(&due).await.unwrap().expect(202).text("/uid").to_owned();
     acme.api.post(&format!("/v1/events/{cancelled}/cancel"), &json!({})).await.unwrap().expect(200);
 
-    let client = async_nats::connect(stack.nats_url().unwrap()).await.unwrap();
+    let client = connect_nats(&stack.nats_url().unwrap()).await.unwrap();
     let dead_stream = format!("{}_DEAD", stack.prefix().to_ascii_uppercase());
     let places =
         Places { pool: pool.clone(), jetstream: jetstream::new(client), dead_stream, cold: cold.clone() };
@@ -283,8 +283,11 @@ impl Clock for StoppingClock {
             Some(stop) if !stop.asked => stop.asked = true,
             Some(_) => {
                 let Stop { reached, released, .. } = stop.take().unwrap();
-                reached.send(()).unwrap();
-                released.recv().unwrap();
+                // The other tasks of this thread, and the runtime's own work, go on elsewhere.
+                tokio::task::block_in_place(|| {
+                    reached.send(()).unwrap();
+                    released.recv().unwrap();
+                });
             }
             None => {}
         }
