@@ -7,17 +7,18 @@ use std::sync::Arc;
 use archiver::{ArchiveConfig, Leases, TableArchiver, TableRetention};
 use bus_core::{
     audit::By,
-    clock::{Clock as _, ManualClock, SystemClock},
-    ids::{ErasureId, Ids as _, OrganizationId, SystemIds},
+    clock::{Clock as _, SystemClock},
+    ids::{ErasureId, EventUid, Ids as _, OrganizationId, SystemIds},
     pg::{self, DayTable},
     streams::Archive,
 };
 use cold_storage::{ColdStorage, Config};
 use devkit::{database::Database, servers::shared_servers};
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use sqlx::{AssertSqlSafe, PgPool};
 use tokio::process::Command;
 use url::Url;
+use uuid::Uuid;
 
 /// A database of which everything has been moved to cold storage.
 struct Setup {
@@ -42,6 +43,14 @@ impl Setup {
     /// Three rows of each table for each organization, with everything that is hard to carry.
     async fn fill(&self) {
         for (name, organization) in ["one", "two"].into_iter().zip(self.organizations) {
+            for table in DayTable::ALL {
+                sqlx::query("SELECT create_day_partition($1, $2::text::date)")
+                    .bind(table.name())
+                    .bind(long_ago().to_zoned(TimeZone::UTC).date().to_string())
+                    .execute(&self.pool)
+                    .await
+                    .unwrap();
+            }
             sqlx::query("INSERT INTO organizations (id, name) VALUES ($1, $2)")
                 .bind(organization.0)
                 .bind(name)
@@ -49,7 +58,7 @@ impl Setup {
                 .await
                 .unwrap();
             for n in 0..3 {
-                let (uid, other) = (SystemIds.next(), SystemIds.next());
+                let (uid, other) = (old(SystemIds.next()), SystemIds.next());
                 for statement in [
                     "INSERT INTO events (uid, organization_id, id, source, type, subject, time, publisher, subscriptions, body)
                      VALUES ($1, $2, 'id-' || $3, '/s', 't', 'a \"quoted\" subject', now(), $4, ARRAY[$4, $1],
@@ -77,7 +86,6 @@ impl Setup {
     }
 
     async fn archive(&self) {
-        let later = SystemClock.now() + SignedDuration::from_hours(48);
         let cold = ColdStorage::open(&Config::at(self.url.clone())).unwrap();
         for table in DayTable::ALL {
             let leases = Leases { pool: self.pool.clone(), holder: "test".to_owned(), seconds: 30 };
@@ -90,7 +98,7 @@ impl Setup {
                 cold: cold.clone(),
                 leases: leases.clone(),
                 config,
-                clock: Arc::new(ManualClock::new(later)),
+                clock: Arc::new(SystemClock),
             };
             assert!(leases.round(&archiver).await.unwrap());
         }
@@ -122,6 +130,15 @@ impl Setup {
         self.pool.close().await;
         self.database.drop().await.unwrap();
     }
+}
+
+fn long_ago() -> Timestamp {
+    SystemClock.now() - SignedDuration::from_hours(72)
+}
+
+/// The same id, of that time.
+fn old(id: Uuid) -> Uuid {
+    EventUid::at(long_ago(), id).0
 }
 
 const DOMAINS: [(&str, DayTable); 4] = [
@@ -160,16 +177,16 @@ async fn what_expired_comes_back_exactly_and_once() {
         .unwrap();
     assert_eq!(passed_on, 6, "they are not passed on a second time");
 
-    // They expire again, and cold storage keeps what it has of everybody.
+    // They stay, and cold storage keeps what it has of everybody.
     sqlx::query("DELETE FROM events WHERE organization_id = $1")
         .bind(setup.organizations[0].0)
         .execute(&setup.pool)
         .await
         .unwrap();
     setup.archive().await;
-    assert_eq!(setup.rows(DayTable::Events).await, [""; 0]);
+    assert_eq!(setup.rows(DayTable::Events).await.len(), 3);
     let told = setup.run("restore", &["--domain", "events"]).await;
-    assert!(told.contains("6 rows restored; 0 were there already"), "{told}");
+    assert!(told.contains("3 rows restored; 3 were there already"), "{told}");
     setup.end().await;
 }
 

@@ -36,6 +36,9 @@ pub(super) struct HistoryCost {
     /// How often each way is measured, in turn with the others
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..))]
     rounds: u8,
+    /// Do not wait for the disk, so that only the work itself counts
+    #[arg(long)]
+    no_fsync: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +74,8 @@ impl HistoryCost {
     pub(super) async fn run(self) -> Result<()> {
         let step = Step::begin("Starting Postgres");
         let tools = tokio::task::spawn_blocking(Tools::locate).await??;
-        let mut server = PostgresServer::private(&tools, Durability::Full).await?;
+        let durability = if self.no_fsync { Durability::Fast } else { Durability::Full };
+        let mut server = PostgresServer::private(&tools, durability).await?;
         let mut superuser = PgConnection::connect(&server.superuser_url("postgres")).await?;
         // It would strike one way and not another.
         sqlx::query("ALTER SYSTEM SET autovacuum = off").execute(&mut superuser).await?;
