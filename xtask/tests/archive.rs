@@ -104,10 +104,13 @@ impl Setup {
         }
     }
 
-    /// All rows of a table, apart from when a record was passed on to the stream.
+    /// All rows of a table, apart from when a record was passed on to the stream, and from the records of restoring.
     async fn rows(&self, table: DayTable) -> Vec<String> {
-        let statement =
-            format!("SELECT (to_jsonb(t) - 'relayed_at')::text FROM {} t ORDER BY 1", table.name());
+        let statement = format!(
+            "SELECT (to_jsonb(t) - 'relayed_at')::text FROM {} t
+             WHERE to_jsonb(t)->>'action' IS DISTINCT FROM 'rows.restored' ORDER BY 1",
+            table.name()
+        );
         sqlx::query_scalar(AssertSqlSafe(statement)).fetch_all(&self.pool).await.unwrap()
     }
 
