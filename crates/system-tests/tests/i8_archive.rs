@@ -4,7 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_nats::{HeaderMap, jetstream};
@@ -55,13 +55,14 @@ struct Scene {
 }
 
 impl Scene {
-    async fn set(archivers: usize) -> Self {
+    /// With that many archivers, and messages that stay in the stream for so many seconds.
+    async fn set(archivers: usize, keep_s: u64) -> Self {
         let mut options = StackOptions::default()
             .role_env(Role::Archiver, "EVENT_BUS_ARCHIVE__LEASE_S", LEASE.as_secs())
-            // Everything is due at once, and old a second later.
+            // Everything is due at once.
             .role_env(Role::Archiver, "EVENT_BUS_ARCHIVE__BATCH_AGE_S", 0)
             .role_env(Role::Archiver, "EVENT_BUS_ARCHIVE__BATCH_MESSAGES", 7)
-            .env("EVENT_BUS_STREAMS__AUDIT__MAX_AGE_S", 1);
+            .env("EVENT_BUS_STREAMS__AUDIT__MAX_AGE_S", keep_s);
         for role in Role::ALL {
             options = options.replicas(role, if role == Role::Archiver { archivers } else { 0 });
         }
@@ -176,12 +177,58 @@ impl Scene {
         epoch.fetch_optional(&self.pool).await.unwrap().unwrap_or(0)
     }
 
+    /// Which of these archivers says that it holds the lease, and since when.
+    async fn holder(&mut self, archivers: [usize; 2]) -> (usize, i64) {
+        let source = self.stream();
+        let (mut found, pool) = (None, self.pool.clone());
+        let until = Instant::now() + DEADLINE;
+        while found.is_none() {
+            assert!(Instant::now() < until, "nobody says that it holds the lease");
+            let epoch: i64 = sqlx::query_scalar("SELECT epoch FROM archive_sources WHERE source = $1")
+                .bind(&source)
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+            let line = format!("source=\"{source}\" epoch={epoch}\n");
+            for index in archivers {
+                if self.stack.process(Role::Archiver, index).log_text().unwrap().contains(&line) {
+                    found = Some((index, epoch));
+                }
+            }
+            // It says so right after it has taken it.
+            tokio::task::yield_now().await;
+        }
+        found.unwrap()
+    }
+
     async fn wait_for_epoch(&self, epoch: i64) {
         wait_until("the lease changes hands", DEADLINE, async || match self.epoch().await {
             found if found >= epoch => Ok(()),
             found => Err(found),
         })
         .await;
+    }
+
+    /// Which stream the archiver says that it is.
+    async fn incarnation(&self) -> String {
+        let incarnation =
+            "SELECT incarnation FROM archive_sources WHERE source = $1 AND incarnation IS NOT NULL";
+        let incarnation = sqlx::query_scalar(incarnation).bind(self.stream());
+        incarnation.fetch_optional(&self.pool).await.unwrap().unwrap_or_default()
+    }
+
+    /// Gives the incarnation when everything is in cold storage.
+    async fn wait_until_archived(&self) -> String {
+        let name = self.stream();
+        wait_until("everything is archived", DEADLINE, async || {
+            let mut stream = self.jetstream.get_stream(&name).await.map_err(|error| error.to_string())?;
+            let last = stream.info().await.map_err(|error| error.to_string())?.state.last_sequence;
+            let next = sqlx::query_scalar("SELECT next FROM archive_sources WHERE source = $1").bind(&name);
+            let next: Option<i64> = next.fetch_optional(&self.pool).await.unwrap();
+            if next == Some(last.cast_signed() + 1) { Ok(()) } else { Err(format!("{next:?} of {last}")) }
+        })
+        .await;
+        self.incarnation().await
     }
 
     async fn rows(&self, domain: &str) -> Vec<cold_storage::Record> {
@@ -228,7 +275,7 @@ impl Scene {
 #[tokio::test]
 async fn i8_an_archiver_that_dies_after_any_step_loses_nothing_and_archives_nothing_twice() {
     let kills = std::env::var("ARCHIVE_KILLS").map_or(POINTS.len(), |kills| kills.parse().unwrap());
-    let mut scene = Scene::set(1).await;
+    let mut scene = Scene::set(1, 1).await;
     scene.stack.process(Role::Archiver, 0).sigkill().await.unwrap();
     for point in POINTS.iter().cycle().take(kills) {
         scene.publish(4).await;
@@ -246,15 +293,15 @@ async fn i8_an_archiver_that_dies_after_any_step_loses_nothing_and_archives_noth
 
 #[tokio::test]
 async fn i8_an_archiver_that_was_only_slow_does_no_harm_to_its_successor() {
-    let mut scene = Scene::set(1).await;
+    let mut scene = Scene::set(1, 1).await;
     scene.publish(8).await;
     scene.wait_for_epoch(1).await;
     let other = scene.stack.spawn(Role::Archiver, &[]).unwrap();
     scene.stack.process(Role::Archiver, other).wait_ready().await.unwrap();
     // Each time the one that holds the lease.
-    for slow in [0, other, 0] {
+    for _ in 0..3 {
         scene.publish(8).await;
-        let epoch = scene.epoch().await;
+        let (slow, epoch) = scene.holder([0, other]).await;
         scene.stack.process(Role::Archiver, slow).signal(Signal::STOP).unwrap();
         scene.wait_for_epoch(epoch + 1).await;
         scene.publish(8).await;
@@ -263,6 +310,41 @@ async fn i8_an_archiver_that_was_only_slow_does_no_harm_to_its_successor() {
         scene.wait_until_trimmed().await;
     }
     scene.check().await;
+    scene.pool.close().await;
+    scene.stack.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn i8_a_broker_that_has_gone_back_gives_out_numbers_that_are_archived_and_nothing_is_taken_for_done() {
+    let mut scene = Scene::set(1, 3_600).await;
+    scene.publish(8).await;
+    let archived = scene.wait_until_archived().await;
+    assert!(!archived.contains("-r"), "{archived}");
+
+    // What the broker has in the last archived message's place came at another time: a moment later.
+    let earlier = "UPDATE archive_sources SET last_at = last_at - interval '10 us' WHERE source = $1";
+    sqlx::query(earlier).bind(scene.stream()).execute(&scene.pool).await.unwrap();
+    scene.end_leases().await;
+    let archiver = scene.stack.process(Role::Archiver, 0);
+    archiver.sigkill().await.unwrap();
+    archiver.respawn().unwrap();
+    wait_until("the archiver notices", DEADLINE, async || match scene.incarnation().await {
+        found if found == format!("{archived}-r1") => Ok(()),
+        found => Err(found),
+    })
+    .await;
+
+    // It goes on from there, once.
+    scene.publish(8).await;
+    assert_eq!(scene.wait_until_archived().await, format!("{archived}-r1"));
+    let report = scene.cold.verify(|_| ()).await.unwrap();
+    assert!(report.problems.is_empty(), "{:?}", report.problems);
+    assert_eq!(
+        scene.rows("messages").await.len(),
+        scene.malformed + 1,
+        "that one message is there under both numbers"
+    );
+    assert_eq!(scene.rows("receipts").await.len(), scene.receipts.len());
     scene.pool.close().await;
     scene.stack.shutdown().await.unwrap();
 }

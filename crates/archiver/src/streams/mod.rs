@@ -135,8 +135,9 @@ impl StreamArchiver {
                 archived.and_then(|manifest| manifest.source.next()).unwrap_or(state.first)
             }
         };
-        let incarnation = Some(incarnation);
-        let to = ArchivePosition { incarnation, next, after: None, last_at: position.last_at };
+        // By which the next rewind will be told.
+        let last_at = if next > state.first { self.time_of(next - 1).await? } else { None };
+        let to = ArchivePosition { incarnation: Some(incarnation), next, after: None, last_at };
         if !pg::restart_archive_source(&self.leases.pool, lease, &to).await? {
             return Err(ArchiveError::LeaseLost(lease.source.clone()));
         }
