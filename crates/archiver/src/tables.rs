@@ -116,8 +116,9 @@ impl TableArchiver {
             && day >= horizon
             && days.contains(&day)
         {
-            // Days are kept longer than when it was begun.
-            self.forget_day(lease, position, day, attempt).await?;
+            // Days are kept longer than when it was begun; whoever waits for it to be gone would wait for long.
+            self.retract(lease, day, attempt).await?;
+            self.go_to(lease, position, None).await?;
         }
         for day in days.into_iter().take_while(|day| *day < horizon) {
             self.expire_day(lease, position, day).await?;
@@ -198,7 +199,7 @@ impl TableArchiver {
             Some((at, attempt)) if at == day => attempt,
             _ => {
                 let attempt = self.latest_attempt(day).await?;
-                self.go_to(lease, position, day, attempt).await?;
+                self.go_to(lease, position, Some((day, attempt))).await?;
                 attempt
             }
         };
@@ -336,19 +337,22 @@ impl TableArchiver {
         day: Date,
         attempt: u32,
     ) -> Result<(), ArchiveError> {
+        self.retract(lease, day, attempt).await?;
+        self.go_to(lease, position, Some((day, attempt + 1))).await
+    }
+
+    async fn retract(&self, lease: &ArchiveLease, day: Date, attempt: u32) -> Result<(), ArchiveError> {
         self.leases.check(lease).await?;
-        self.cold.retract(self.table.name(), &Source::day_incarnation(day, attempt)).await?;
-        self.go_to(lease, position, day, attempt + 1).await
+        Ok(self.cold.retract(self.table.name(), &Source::day_incarnation(day, attempt)).await?)
     }
 
     async fn go_to(
         &self,
         lease: &ArchiveLease,
         position: &mut ArchivePosition,
-        day: Date,
-        attempt: u32,
+        attempt: Option<(Date, u32)>,
     ) -> Result<(), ArchiveError> {
-        let incarnation = Some(Source::day_incarnation(day, attempt));
+        let incarnation = attempt.map(|(day, attempt)| Source::day_incarnation(day, attempt));
         let to = ArchivePosition { incarnation, next: 1, ..ArchivePosition::default() };
         if !pg::restart_archive_source(&self.leases.pool, lease, &to).await? {
             return Err(ArchiveError::LeaseLost(lease.source.clone()));

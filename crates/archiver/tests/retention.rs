@@ -363,3 +363,33 @@ async fn i8_a_day_that_has_lost_rows_takes_nothing_out_of_cold_storage() {
     world.pool.close().await;
     drop(world.database);
 }
+
+#[tokio::test]
+async fn a_day_that_is_kept_longer_after_all_leaves_cold_storage_and_stays() {
+    let world = World::ago(100).await;
+    let (table, day) = (DayTable::Events, world.today());
+    world.partition(table, day).await;
+    world.live_a_day(true).await;
+    world.clock.advance(SignedDuration::from_hours(24 * 50));
+    let leases = world.leases();
+    let mut reader = world.pool.begin().await.unwrap();
+    sqlx::query("SELECT count(*) FROM events").execute(&mut *reader).await.unwrap();
+    leases.round(&world.archiver(table, 10, Archive::Archive, 3)).await.unwrap_err();
+    reader.rollback().await.unwrap();
+    assert_eq!(world.uids().await.len(), 4);
+
+    let longer = world.archiver(table, 60, Archive::Archive, 3);
+    for _ in 0..2 {
+        assert!(leases.round(&longer).await.unwrap());
+    }
+    assert!(world.uids().await.is_empty());
+    assert_eq!(pg::day_count(&world.pool, table, day).await.unwrap(), 4);
+    let position = pg::archive_position(&world.pool, table.name()).await.unwrap().unwrap();
+    assert_eq!(position.incarnation, None, "nothing is under way");
+    world.clock.advance(SignedDuration::from_hours(24 * 20));
+    assert!(leases.round(&longer).await.unwrap());
+    assert_eq!(world.uids().await.len(), 4);
+    assert!(!world.days(table).await.contains(&day));
+    world.pool.close().await;
+    drop(world.database);
+}

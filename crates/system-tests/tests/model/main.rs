@@ -12,7 +12,7 @@ use rand::{RngCore as _, SeedableRng as _, rngs::StdRng};
 use self::{operations::Run, world::Kind};
 
 /// Operations of a run, on each queue.
-const OPERATIONS: usize = 10_000;
+const OPERATIONS: usize = 5_000;
 
 fn from_environment<T: std::str::FromStr>(name: &str) -> Option<T> {
     std::env::var(name).ok().and_then(|value| value.parse().ok())
