@@ -202,8 +202,9 @@ mod tests {
     #[test]
     fn a_url_is_shown_without_credentials() {
         let shown = |text: &str| url(&Url::parse(text).unwrap());
-        assert_eq!(shown("https://a.example/hook"), "https://a.example/hook");
-        assert_eq!(shown("https://a.example/hook?token=abc"), "https://a.example/hook?***");
-        assert_eq!(shown("https://me:pw@a.example/hook"), "https://a.example/hook");
+        assert_eq!(shown("https://a.example:8443"), "https://a.example:8443/");
+        assert_eq!(shown("https://a.example/services/abc"), "https://a.example/***");
+        assert_eq!(shown("https://a.example/hook?token=abc"), "https://a.example/***?***");
+        assert_eq!(shown("https://me:pw@a.example/hook"), "https://a.example/***");
     }
 }
