@@ -12,16 +12,16 @@ use bus_core::{
     ids::Ids,
     launcher::{BoxError, Ctx, Heartbeat},
     nats::Nats,
-    pg::{self, ArchiveLease, ArchivePosition, DayTable},
-    streams::{AUDIT, Archive, DEAD, Described},
+    pg::{self, ArchiveLease, ArchivePosition, DayTable, StoreError},
+    streams::{AUDIT, Archive, Described},
     telemetry::Chain,
 };
-use cold_storage::ColdStorage;
+use cold_storage::{ColdStorage, Resumed};
 use futures::{
     FutureExt as _,
     future::{BoxFuture, try_join_all},
 };
-use jiff::{Span, tz::TimeZone};
+use jiff::{Span, civil::Date, tz::TimeZone};
 use metrics::counter;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
@@ -96,7 +96,6 @@ impl ColdLoops {
 
     pub(crate) async fn run(self) -> Result<(), BoxError> {
         let Some(cold) = self.open().await else { return Ok(()) };
-        let dead_archived = self.streams.iter().any(|(stream, _)| stream.name == DEAD);
         let events_archived = self
             .tables
             .iter()
@@ -139,7 +138,6 @@ impl ColdLoops {
             leases: self.leases,
             nats: self.nats,
             events_archived,
-            dead_archived,
             clock: self.clock,
             ids: self.ids,
         };
@@ -171,6 +169,20 @@ async fn probe(config: &cold_storage::Config, holder: &str) -> Result<ColdStorag
     let cold = ColdStorage::open(config)?;
     cold.probe(holder).await?;
     Ok(cold)
+}
+
+/// What has expired is counted from this day, by the earlier of two clocks: nothing goes because one of them is wrong.
+pub(crate) async fn today(clock: &dyn Clock, pool: &PgPool) -> Result<Date, StoreError> {
+    Ok(clock.now().min(pg::database_time(pool).await?).to_zoned(TimeZone::UTC).date())
+}
+
+/// Looks at what was begun for a source and not finished: what a new holder does first.
+pub(crate) async fn resume(cold: &ColdStorage, source: &str) -> Result<(), ArchiveError> {
+    let Resumed { discarded, open, .. } = cold.resume(source).await?;
+    if discarded > 0 || open > 0 {
+        info!(source, discarded, open, "Found unfinished batches");
+    }
+    Ok(())
 }
 
 /// Deletes what has expired in cold storage.
@@ -245,9 +257,7 @@ impl LeasedWork for Expiry {
     }
 
     async fn round(&self, _: &ArchiveLease, _: &mut ArchivePosition) -> Result<Duration, ArchiveError> {
-        // The earlier of two clocks: nothing expires because one of them is wrong.
-        let now = self.clock.now().min(pg::database_time(&self.leases.pool).await?);
-        let today = now.to_zoned(TimeZone::UTC).date();
+        let today = today(self.clock.as_ref(), &self.leases.pool).await?;
         if let Ok(before) = today.checked_sub(Span::new().days(i64::from(self.days))) {
             let expired = self.cold.expire(before).await?;
             if expired.batches > 0 {

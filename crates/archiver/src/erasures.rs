@@ -10,7 +10,7 @@ use async_nats::{
     HeaderMap,
     jetstream::{
         ErrorCode,
-        consumer::{AckPolicy, PullConsumer, pull},
+        consumer::{PullConsumer, pull},
         context::GetStreamErrorKind,
         stream::Stream,
     },
@@ -34,6 +34,7 @@ use crate::{
     cold::COLD,
     error::{ArchiveError, During as _},
     lease::{LeasedWork, Leases},
+    streams::passing_reader,
     tables::attempt_of,
 };
 
@@ -55,9 +56,6 @@ const PULL_WAIT: Duration = Duration::from_secs(5);
 /// Messages of one pull; of each only the headers are sent.
 const PULL: usize = 1_000;
 
-/// A consumer that nobody pulls from any more is gone after this time.
-const INACTIVE: Duration = Duration::from_secs(30);
-
 /// Works off erasures. Under the lease of cold storage, which is not emptied and expired at the same time.
 pub struct Erasures {
     /// Where what is archived is.
@@ -68,8 +66,6 @@ pub struct Erasures {
     pub nats: Option<Nats>,
     /// Whether the events go to cold storage from their table.
     pub events_archived: bool,
-    /// Whether the dead letters go to cold storage from their stream.
-    pub dead_archived: bool,
     /// Tells when it was.
     pub clock: Arc<dyn Clock>,
     /// For the record of what was done.
@@ -118,7 +114,7 @@ impl Erasures {
         }
         fault::point("archiver.erasure-emptied").await;
         let dead = self.dead_letters().await?;
-        self.wait_for_what_is_under_way(dead.as_ref()).await?;
+        self.wait_for_what_is_under_way().await?;
         for erasure in emptied {
             if let Err(failed) = self.finish(lease, erasure, dead.as_ref()).await {
                 warn!(erasure.id = %erasure.id, error = %Chain(&failed), "An erasure waits");
@@ -153,30 +149,14 @@ impl Erasures {
     }
 
     /// Returns when nothing that was read before the tables were emptied can come to cold storage any more. A day of
-    /// events is archived part by part and then dropped: while its partition is there, a part may be under way. Of a
-    /// stream everything up to `last` has to be archived; each of its places is taken then, also for a writer that
-    /// believes it still holds the lease.
-    async fn wait_for_what_is_under_way(&self, dead: Option<&DeadLetters>) -> Result<(), ArchiveError> {
+    /// events is archived part by part and then dropped: while its partition is there, a part may be under way.
+    async fn wait_for_what_is_under_way(&self) -> Result<(), ArchiveError> {
         let pool = &self.leases.pool;
         if self.events_archived
             && let Some(position) = pg::archive_position(pool, DayTable::Events.name()).await?
             && let Some((day, _)) = position.incarnation.as_deref().and_then(attempt_of)
         {
             while pg::partition_days(pool, DayTable::Events).await?.contains(&day) {
-                tokio::time::sleep(ARRIVED).await;
-            }
-        }
-        if self.dead_archived
-            && let (Some(nats), Some(dead)) = (&self.nats, dead)
-        {
-            let arrived = async || {
-                let position = pg::archive_position(pool, &nats.names.dead_stream).await?;
-                Ok::<_, ArchiveError>(
-                    position
-                        .is_some_and(|position| position.incarnation.is_some() && position.next > dead.last),
-                )
-            };
-            while !arrived().await? {
                 tokio::time::sleep(ARRIVED).await;
             }
         }
@@ -222,15 +202,7 @@ impl DeadLetters {
     /// The messages about this event.
     async fn of_event(&self, subject: String, event: EventUid) -> Result<Vec<u64>, ArchiveError> {
         const OPERATION: &str = "look for an event's dead letters";
-        let config = pull::Config {
-            filter_subject: subject,
-            headers_only: true,
-            ack_policy: AckPolicy::None,
-            inactive_threshold: INACTIVE,
-            memory_storage: true,
-            num_replicas: 1,
-            ..pull::Config::default()
-        };
+        let config = pull::Config { filter_subject: subject, headers_only: true, ..passing_reader() };
         let consumer: PullConsumer = self.stream.create_consumer(config).await.during(OPERATION)?;
         let mut left = consumer.cached_info().num_pending;
         let (mut found, mut delivered) = (Vec::new(), 0);

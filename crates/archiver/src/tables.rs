@@ -18,7 +18,7 @@ use cold_storage::{
     AUDIT, Batch, ColdStorage, Dataset, EVENTS, Error as ColdError, Kind, MAX_BATCH_OBJECTS, Manifest,
     OCCURRENCES, RECEIPTS, Row, Slot, Source, Value,
 };
-use jiff::{Span, civil::Date, tz::TimeZone};
+use jiff::{Span, civil::Date};
 use metrics::{counter, gauge};
 use sqlx::{Row as _, postgres::PgRow};
 use tokio_util::sync::CancellationToken;
@@ -26,6 +26,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use crate::{
+    cold::{resume, today},
     config::{ArchiveConfig, TableRetention},
     error::ArchiveError,
     lease::{LeasedWork, Leases},
@@ -85,12 +86,7 @@ impl LeasedWork for TableArchiver {
     }
 
     async fn begin(&self) -> Result<(), ArchiveError> {
-        let resumed = self.cold.resume(self.table.name()).await?;
-        if resumed.discarded > 0 || resumed.open > 0 {
-            let (discarded, open) = (resumed.discarded, resumed.open);
-            info!(table = self.table.name(), discarded, open, "Found unfinished batches");
-        }
-        Ok(())
+        resume(&self.cold, self.table.name()).await
     }
 
     async fn round(
@@ -108,8 +104,7 @@ impl TableArchiver {
     async fn expire(&self, lease: &ArchiveLease, position: &mut ArchivePosition) -> Result<(), ArchiveError> {
         let pool = &self.leases.pool;
         let keep = Span::new().days(i64::from(self.retention.keep_days));
-        // The earlier of two clocks: nothing expires because one of them is wrong.
-        let today = self.clock.now().min(pg::database_time(pool).await?).to_zoned(TimeZone::UTC).date();
+        let today = today(self.clock.as_ref(), pool).await?;
         let Ok(horizon) = today.checked_sub(keep) else { return Ok(()) };
         let days = pg::partition_days(pool, self.table).await?;
         if let Some((day, attempt)) = position.incarnation.as_deref().and_then(attempt_of)

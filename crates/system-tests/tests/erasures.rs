@@ -359,7 +359,6 @@ async fn a_payload_that_was_on_its_way_to_cold_storage_does_not_come_back() {
         leases: leases(&pool, "erasures"),
         nats: None,
         events_archived: true,
-        dead_archived: false,
         clock: Arc::new(SystemClock),
         ids: Arc::new(SystemIds),
     };

@@ -26,7 +26,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use self::read::StreamState;
+pub(crate) use self::read::passing_reader;
 use crate::{
+    cold::resume,
     config::ArchiveConfig,
     error::{ArchiveError, During as _},
     lease::{LeasedWork, Leases},
@@ -72,12 +74,7 @@ impl LeasedWork for StreamArchiver {
             .await
             .during(OPERATION)?
             .during(OPERATION)?;
-        let resumed = self.cold.resume(self.name()).await?;
-        if resumed.discarded > 0 || resumed.open > 0 {
-            let (discarded, open) = (resumed.discarded, resumed.open);
-            info!(source = self.name(), discarded, open, "Found unfinished batches");
-        }
-        Ok(())
+        resume(&self.cold, self.name()).await
     }
 
     async fn round(

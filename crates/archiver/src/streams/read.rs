@@ -25,6 +25,17 @@ const PULL: usize = 200;
 /// A consumer that nobody pulls from any more is gone after this time.
 const INACTIVE: Duration = Duration::from_secs(30);
 
+/// A consumer that reads a stream in passing: nothing is acknowledged, and nothing of it stays.
+pub(crate) fn passing_reader() -> pull::Config {
+    pull::Config {
+        ack_policy: AckPolicy::None,
+        inactive_threshold: INACTIVE,
+        memory_storage: true,
+        num_replicas: 1,
+        ..pull::Config::default()
+    }
+}
+
 /// What the broker says of a stream.
 #[derive(Debug, Clone)]
 pub(super) struct StreamState {
@@ -103,12 +114,8 @@ impl StreamArchiver {
         let start_time = DateTime::from_unix_timestamp_nanos(start).during(OPERATION)?;
         let config = pull::Config {
             deliver_policy: DeliverPolicy::ByStartTime { start_time },
-            ack_policy: AckPolicy::None,
             headers_only: true,
-            inactive_threshold: INACTIVE,
-            memory_storage: true,
-            num_replicas: 1,
-            ..pull::Config::default()
+            ..passing_reader()
         };
         let consumer: PullConsumer = self.handle().await?.create_consumer(config).await.during(OPERATION)?;
         if consumer.cached_info().num_pending == 0 {
@@ -128,11 +135,7 @@ impl StreamArchiver {
         let stream = self.handle().await?;
         let config = pull::Config {
             deliver_policy: DeliverPolicy::ByStartSequence { start_sequence: first },
-            ack_policy: AckPolicy::None,
-            inactive_threshold: INACTIVE,
-            memory_storage: true,
-            num_replicas: 1,
-            ..pull::Config::default()
+            ..passing_reader()
         };
         let consumer: PullConsumer = stream.create_consumer(config).await.during(OPERATION)?;
         let mut range = Range { messages: Vec::new(), last: first - 1 };
