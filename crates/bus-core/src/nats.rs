@@ -8,9 +8,9 @@ use std::{
 use async_nats::{
     Client, ConnectOptions, Event, ServerAddr,
     jetstream::{
-        Context,
+        Context, ErrorCode,
         consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
-        context::ContextBuilder,
+        context::{ContextBuilder, GetStreamErrorKind},
     },
 };
 use bytes::Bytes;
@@ -224,6 +224,21 @@ impl Nats {
         Ok(())
     }
 
+    /// When the delivery stream was created, which tells it from one of the same name; `None` if there is none.
+    pub async fn delivery_stream_created(&self) -> Result<Option<String>, NatsError> {
+        match self.jetstream.get_stream(&self.names.deliver_stream).await {
+            Ok(stream) => Ok(Some(stream.cached_info().created.unix_timestamp_nanos().to_string())),
+            Err(failed) => match failed.kind() {
+                GetStreamErrorKind::JetStream(refused)
+                    if refused.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+                {
+                    Ok(None)
+                }
+                _ => Err(failed).during("look up the delivery stream"),
+            },
+        }
+    }
+
     /// The highest lane that a consumer was ever created for, if any.
     pub async fn highest_lane(&self) -> Result<Option<u16>, NatsError> {
         const OPERATION: &str = "list the consumers of the delivery stream";
@@ -354,6 +369,11 @@ impl Names {
     /// The deliveries of one connection.
     pub fn deliver(&self, lane: u16, organization: OrganizationId, connection: ConnectionId) -> String {
         format!("{}.deliver.{lane}.{organization}.{connection}", self.prefix)
+    }
+
+    /// The deliveries of one connection, whatever their lane.
+    pub fn deliveries_of(&self, organization: OrganizationId, connection: ConnectionId) -> String {
+        format!("{}.deliver.*.{organization}.{connection}", self.prefix)
     }
 
     /// The dead letters of one connection.

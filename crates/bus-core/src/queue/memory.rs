@@ -2,7 +2,7 @@
 //! dies with the process.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -214,6 +214,12 @@ impl DeliveryQueue for MemoryQueue {
 
     async fn lanes(&self) -> Result<u16, QueueError> {
         Ok(self.lanes)
+    }
+
+    async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError> {
+        let state = self.state();
+        let held = deliveries.iter().map(|key| key.id).filter(|id| state.entries.contains_key(id));
+        Ok(held.collect())
     }
 
     async fn depth(&self) -> Result<u64, QueueError> {

@@ -5,7 +5,7 @@ mod jetstream;
 mod memory;
 mod postgres;
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -149,6 +149,10 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
     /// How many lanes are to be pulled: those that are configured, and those of an earlier configuration
     /// that had more, which may still hold deliveries.
     async fn lanes(&self) -> Result<u16, QueueError>;
+
+    /// Which of these deliveries are in the queue, in whatever turn, held and waiting ones included. What went in before
+    /// the call and has not left it by the end is among them.
+    async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError>;
 
     /// How many deliveries are in the queue, held and waiting ones included.
     async fn depth(&self) -> Result<u64, QueueError>;

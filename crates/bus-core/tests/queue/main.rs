@@ -39,7 +39,8 @@ on_every_queue! {
         a_hold_that_is_extended_lasts,
         a_waiting_pull_gets_what_is_enqueued_meanwhile,
         a_later_turn_goes_in_beside_what_was_finished,
-        the_depth_counts_what_is_held_and_what_waits;
+        the_depth_counts_what_is_held_and_what_waits,
+        it_knows_what_it_holds;
     failings:
         falsy_payload_lost,
         nak_hot_loop,
