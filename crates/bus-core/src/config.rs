@@ -406,6 +406,9 @@ fn insert(dict: &mut Dict, dotted: &str, value: Value) {
     }
 }
 
+/// Brackets in the value of a variable.
+const MAX_NESTING: usize = 100;
+
 /// Values that are set already, as a provider.
 struct Literal(Dict);
 
@@ -420,7 +423,7 @@ impl Provider for Literal {
 }
 
 /// The environment. figment's own provider parses every value, so that a token of digits becomes a
-/// number; this one leaves secrets and addresses alone.
+/// number; this one leaves secrets, addresses, and what it cannot read alone.
 struct Environment(BTreeMap<String, String>);
 
 impl Provider for Environment {
@@ -442,6 +445,7 @@ impl Provider for Environment {
             }
             let key = rest.to_ascii_lowercase().replace("__", ".");
             let text_only = SECRETS.contains(&key.as_str()) || key.ends_with("_file") || key == "prefix";
+            let text_only = text_only || !is_parseable(text);
             let value = if text_only {
                 Value::from(text.as_str())
             } else {
@@ -451,6 +455,12 @@ impl Provider for Environment {
         }
         Ok(Profile::Default.collect(dict))
     }
+}
+
+/// figment 0.10's parser panics at some texts that are not ASCII, and overflows the stack at deep nesting; no list or
+/// table of ours has either.
+fn is_parseable(text: &str) -> bool {
+    text.is_ascii() && text.bytes().filter(|byte| matches!(byte, b'[' | b'{')).count() <= MAX_NESTING
 }
 
 fn show(values: &Dict) -> BTreeMap<String, String> {

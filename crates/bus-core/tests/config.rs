@@ -247,3 +247,13 @@ fn streams_that_the_broker_or_the_bus_cannot_use_are_refused_with_the_reason() {
         with(Some(accepted), &[]);
     }
 }
+
+#[test]
+fn a_variable_that_cannot_be_parsed_is_text_and_no_panic() {
+    // figment's parser cuts the one in the middle of a character, and runs out of stack in the other.
+    for odd in ["[\"110.0.0.0/\u{fffd}\u{0}\"".to_owned(), "[".repeat(10_000)] {
+        let refused =
+            try_load(None, &[&URLS[..], &[("EVENT_BUS_LANES", odd.as_str())]].concat()).unwrap_err();
+        assert!(Chain(&refused).to_string().contains("lanes"), "{}", Chain(&refused));
+    }
+}
