@@ -166,6 +166,7 @@ impl Up {
                 lifetime: Lifetime::Detached,
                 password: secrets.nats_password.clone(),
                 port: ports.nats.filter(|port| is_port_free(*port)),
+                cluster: None,
             })
             .await?;
             state.nats = nats.id();

@@ -20,7 +20,7 @@ use sqlx::postgres::PgConnectOptions;
 use tracing_subscriber::EnvFilter;
 
 pub use self::notify::{NotifyConfig, NotifyStrategy};
-use crate::streams::{self, StreamSpec};
+use crate::streams::{self, Placement, StreamSpec};
 
 /// The prefix of every variable.
 pub const ENV_PREFIX: &str = "EVENT_BUS_";
@@ -103,6 +103,8 @@ pub struct NatsConfig {
     pub credentials_file: Option<std::path::PathBuf>,
     /// Copies of each stream, 1–5 (JetStream's `num_replicas`).
     pub replicas: usize,
+    /// On which servers the streams are.
+    pub placement: Placement,
     /// How long the broker recognises a repeated message id, seconds (JetStream's `duplicate_window`).
     pub duplicate_window_s: u64,
     /// An unacknowledged delivery is given to another worker after this time, milliseconds

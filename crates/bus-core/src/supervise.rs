@@ -18,6 +18,9 @@ use crate::{
 /// Between two looks at the database's health.
 const PROBE: Duration = Duration::from_secs(5);
 
+/// Between two looks whether the broker still has the streams.
+const LOOK: Duration = Duration::from_secs(10);
+
 /// Between two tries while something is away.
 const AGAIN: Duration = Duration::from_millis(500);
 
@@ -64,8 +67,8 @@ async fn prepare(transport: &Transport) -> Result<(), BoxError> {
     until_ready("the broker", || async { transport.queue.prepare().await.map_err(retryable_queue) }).await
 }
 
-/// After each new connection the streams are looked for again: the broker may be another one, or have
-/// lost what it had.
+/// The streams are looked for again after each new connection, since the broker may be another one or have lost what it
+/// had, and from time to time: somebody may have deleted them.
 async fn keep_prepared(transport: Transport, stop: CancellationToken) -> Result<(), BoxError> {
     let Some(nats) = &transport.nats else {
         stop.cancelled().await;
@@ -74,8 +77,14 @@ async fn keep_prepared(transport: Transport, stop: CancellationToken) -> Result<
     let mut epoch = nats.epoch();
     let follow = async {
         loop {
-            prepare(&transport).await?;
-            if epoch.changed().await.is_err() {
+            // A look that finds everything is not worth a line.
+            if let Err(failed) = transport.queue.prepare().await.map_err(retryable_queue) {
+                if let Wait::Over(error) = failed {
+                    return Err(error);
+                }
+                prepare(&transport).await?;
+            }
+            if let Ok(Err(_)) = tokio::time::timeout(LOOK, epoch.changed()).await {
                 return Ok(());
             }
         }
@@ -142,7 +151,8 @@ async fn watch(
         }
         beat.beat();
         if let (Some(needed), Some(nats)) = (&needed, &transport.nats) {
-            needed.set(nats.is_connected());
+            // A partition keeps the connection, for as long as pings may be unanswered.
+            needed.set(nats.is_connected() && nats.round_trip().await.is_ok());
         }
         let ping = async { pool.acquire().await?.ping().await };
         postgres.set(matches!(tokio::time::timeout(PROBE, ping).await, Ok(Ok(()))));

@@ -215,6 +215,8 @@ fn streams_that_the_broker_or_the_bus_cannot_use_are_refused_with_the_reason() {
         ("[streams.api]\nmax_bytes = 0", "max_bytes (0) must be positive"),
         ("[streams.api]\nmax_messages = -2", "max_messages (-2) must be positive"),
         ("[streams.api]\nreplicas = 6", "streams.api: replicas"),
+        ("[nats]\nplacement = { cluster = 'a b' }", "nats.placement.cluster"),
+        ("[streams.api]\nplacement = { tags = [''] }", "streams.api: placement.tags"),
         ("[streams.api]\nmax_age_s = 60", "duplicate_window_s (120)"),
         ("[streams.api]\nduplicate_window_s = 0", "duplicate_window_s (0)"),
         ("[streams.api]\nsubjects = ['events.*.x']", "catches what streams."),

@@ -1,7 +1,7 @@
 //! Real servers, real processes and real receivers for the tests and for `cargo xtask`.
 //!
 //! Nothing in here is a mock: [`servers`] runs a private nats-server and Postgres, [`processes`] runs the
-//! binaries, [`stack`] puts them together on a database of its own, [`receiver`] is an HTTP server
+//! binaries, [`proxy`] is a bad network between them, [`stack`] puts them together on a database of its own, [`receiver`] is an HTTP server
 //! that answers as a script says, and [`client`] speaks the HTTP API. What a test owns dies with the test,
 //! also when the test is killed.
 
@@ -12,6 +12,7 @@ pub mod independent;
 pub mod paths;
 pub mod process;
 pub mod processes;
+pub mod proxy;
 mod python;
 pub mod receiver;
 pub mod s3;

@@ -12,7 +12,7 @@ use std::{
 use async_nats::jetstream;
 use devkit::{
     process::{ProcessId, User, children_of},
-    servers::{Durability, NatsServer, PostgresServer, Tools, connect_nats},
+    servers::{Durability, NatsCluster, NatsServer, PostgresServer, Tools, connect_nats},
     wait_until,
 };
 use sqlx::{Connection, PgConnection};
@@ -51,6 +51,33 @@ async fn nats_keeps_its_messages_and_its_port_when_it_is_killed() {
     assert_eq!(stream.info().await.unwrap().state.messages, 1);
     server.stop().await.unwrap();
     server.restart().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_cluster_keeps_its_messages_when_the_node_that_leads_is_killed() {
+    let tools = Tools::locate().unwrap();
+    let mut cluster = NatsCluster::private(&tools).await.unwrap();
+    let context = jetstream::new(connect_nats(&cluster.url()).await.unwrap());
+    let stream = jetstream::stream::Config {
+        name: "kept".to_owned(),
+        subjects: vec!["kept.>".to_owned()],
+        num_replicas: 3,
+        ..Default::default()
+    };
+    context.create_stream(stream).await.unwrap();
+    context.publish("kept.one", "1".into()).await.unwrap().await.unwrap();
+
+    let first = cluster.leader("kept").await.unwrap();
+    cluster.node(first).kill().await.unwrap();
+    wait_until("another leader", DEADLINE, async || match cluster.leader("kept").await {
+        Ok(leader) if leader != first => Ok(()),
+        other => Err(other.map_err(|error| format!("{error:#}"))),
+    })
+    .await;
+    let context = jetstream::new(connect_nats(&cluster.url()).await.unwrap());
+    let mut stream = context.get_stream("kept").await.unwrap();
+    assert_eq!(stream.info().await.unwrap().state.messages, 1);
+    cluster.restart(first).await.unwrap();
 }
 
 #[tokio::test]

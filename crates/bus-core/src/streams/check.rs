@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use async_nats::jetstream::stream::{DiscardPolicy, RetentionPolicy, StorageType};
 
-use super::{AUDIT, Archive, DEAD, DELIVER, StreamSpec};
+use super::{AUDIT, Archive, DEAD, DELIVER, Placement, StreamSpec};
 use crate::config::NatsConfig;
 
 /// What the bus sends over core NATS; a stream that caught it would only fill.
@@ -12,6 +12,9 @@ const NEVER_KEPT: [&str; 3] = ["live.>", "wake.>", "inbox.>"];
 
 /// The first thing that is wrong with the sections `[streams.…]`, if anything.
 pub(crate) fn problem(streams: &BTreeMap<String, StreamSpec>, nats: &NatsConfig) -> Option<String> {
+    if let Some(problem) = placement_problem(&nats.placement) {
+        return Some(format!("nats.{problem}"));
+    }
     let each = streams.iter().find_map(|(name, spec)| {
         stream_problem(name, spec, nats).map(|problem| format!("streams.{name}: {problem}"))
     });
@@ -43,6 +46,9 @@ fn stream_problem(name: &str, spec: &StreamSpec, nats: &NatsConfig) -> Option<St
     if spec.replicas.is_some_and(|replicas| !(1..=5).contains(&replicas)) {
         return Some("replicas must be between 1 and 5".into());
     }
+    if let Some(problem) = spec.placement.as_ref().and_then(placement_problem) {
+        return Some(problem);
+    }
     if spec.archive == Archive::Archive && spec.retention != RetentionPolicy::Limits {
         return Some(
             "archive \"archive\" needs retention \"limits\": what is acknowledged would be gone".into(),
@@ -67,6 +73,15 @@ fn stream_problem(name: &str, spec: &StreamSpec, nats: &NatsConfig) -> Option<St
         ));
     }
     None
+}
+
+fn placement_problem(placement: &Placement) -> Option<String> {
+    let is_name = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_graphic());
+    if !placement.cluster.is_empty() && !is_name(&placement.cluster) {
+        return Some(format!("placement.cluster: {:?} is no name of a cluster", placement.cluster));
+    }
+    let bad = placement.tags.iter().find(|tag| !is_name(tag));
+    bad.map(|tag| format!("placement.tags: {tag:?} is no tag of a server"))
 }
 
 /// The broker refuses two streams with a subject in common, and one that names a subject twice.

@@ -17,7 +17,7 @@ pub(crate) use self::{
 pub use self::{
     plan::{Change, ChangeKind, Effect, Existing, Field, Held, Plan, plan},
     server::{Loss, StreamsError, apply, existing},
-    spec::{Archive, Described, StreamSpec, described, stream_name},
+    spec::{Archive, Described, Placement, StreamSpec, described, stream_name},
 };
 
 /// The streams that the bus itself publishes to and reads from, as they are called in the configuration.

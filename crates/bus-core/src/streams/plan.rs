@@ -181,6 +181,9 @@ pub(super) fn differences(is: &Config, held: Held, wanted: &Described) -> Vec<Fi
     );
     note("discard", json!(is.discard), json!(to.discard), discard_effect(to));
     note("replicas", json!(is.num_replicas), json!(to.num_replicas), Effect::Harmless);
+    if to.placement.is_some() {
+        note("placement", json!(is.placement), json!(to.placement), Effect::Harmless);
+    }
     note("duplicate_window_s", seconds(is.duplicate_window), seconds(to.duplicate_window), Effect::Harmless);
     fields
 }

@@ -6,11 +6,15 @@ use std::{
     time::Duration,
 };
 
-use async_nats::jetstream::stream::Info;
+use async_nats::jetstream::{
+    ErrorCode,
+    context::{GetStreamError, GetStreamErrorKind},
+    stream::Info,
+};
 use futures::TryStreamExt as _;
 use jiff::Timestamp;
 use metrics::gauge;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{
     plan::{Change, ChangeKind, Effect, Existing, Field, Held, Plan, differences},
@@ -114,16 +118,30 @@ async fn carry_out(nats: &Nats, change: &Change) -> Result<(), NatsError> {
     done.map_err(|source| NatsError::Stream { operation, stream: change.stream.clone(), source })
 }
 
+fn is_missing(error: &GetStreamError) -> bool {
+    matches!(error.kind(), GetStreamErrorKind::JetStream(refused) if refused.error_code() == ErrorCode::STREAM_NOT_FOUND)
+}
+
 /// What was said about the streams that are not as described.
 pub(crate) type Said = Mutex<BTreeMap<String, String>>;
 
 /// Creates a stream if it is missing. One that exists stays as it is; where it is not as described, that is said once
 /// and shown by a metric.
 pub(crate) async fn ensure(nats: &Nats, described: &Described) -> Result<(), NatsError> {
-    let stream = nats.jetstream.get_or_create_stream(described.config.clone()).await.map_err(|error| {
-        let stream = described.config.name.clone();
-        NatsError::Stream { operation: "create", stream, source: error.into() }
-    })?;
+    let name = &described.config.name;
+    let failed = |operation, source| NatsError::Stream { operation, stream: name.clone(), source };
+    let stream = match nats.jetstream.get_stream(name).await {
+        Err(error) if is_missing(&error) => {
+            let seen = nats.said.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&described.name);
+            let created = nats.jetstream.get_or_create_stream(described.config.clone()).await;
+            let created = created.map_err(|error| failed("create", error.into()))?;
+            if seen {
+                error!(stream = name, "The stream was gone with all that it held, and is there again, empty");
+            }
+            created
+        }
+        found => found.map_err(|error| failed("look for", error.into()))?,
+    };
     let fields = differences(&stream.cached_info().config, Held::default(), described);
     gauge!("bus_stream_drift", "stream" => described.name.clone()).set(u8::from(!fields.is_empty()));
     let differs = listed(&fields);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+use async_nats::jetstream::stream::{self, Config, DiscardPolicy, RetentionPolicy, StorageType};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Common, NatsConfig};
@@ -33,6 +33,9 @@ pub struct StreamSpec {
     /// Copies, 1–5; [`NatsConfig::replicas`] if absent.
     #[serde(default)]
     pub replicas: Option<usize>,
+    /// On which servers; [`NatsConfig::placement`] if absent.
+    #[serde(default)]
+    pub placement: Option<Placement>,
     /// How long a repeated message id is recognised, seconds; [`NatsConfig::duplicate_window_s`] if absent.
     #[serde(default)]
     pub duplicate_window_s: Option<u64>,
@@ -42,6 +45,27 @@ pub struct StreamSpec {
     /// What becomes of messages that are too old.
     #[serde(default)]
     pub archive: Archive,
+}
+
+/// On which servers of a cluster, or of several, the copies of a stream are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Placement {
+    /// The name of the cluster; empty for the one that the stream is created in.
+    #[serde(default)]
+    pub cluster: String,
+    /// Only servers that have all of these tags.
+    #[serde(default)]
+    pub tags: Vec<String>,
+}
+
+impl Placement {
+    /// In the broker's terms; nothing if nothing is said.
+    fn described(&self) -> Option<stream::Placement> {
+        let cluster = Some(self.cluster.clone()).filter(|cluster| !cluster.is_empty());
+        let tags = self.tags.clone();
+        (cluster.is_some() || !tags.is_empty()).then_some(stream::Placement { cluster, tags })
+    }
 }
 
 fn unlimited() -> i64 {
@@ -104,7 +128,7 @@ pub struct Described {
 
 impl Described {
     /// What the broker is told about a stream that exists: what the configuration says nothing about (a
-    /// description, a placement) stays as it is.
+    /// description, a limit per subject) stays as it is, and so does a placement, if none is described.
     pub(super) fn over(&self, existing: &Config) -> Config {
         let ours = self.config.clone();
         let mut metadata = existing.metadata.clone();
@@ -119,6 +143,7 @@ impl Described {
             max_messages: ours.max_messages,
             storage: ours.storage,
             num_replicas: ours.num_replicas,
+            placement: ours.placement.or_else(|| existing.placement.clone()),
             duplicate_window: ours.duplicate_window,
             discard: ours.discard,
             metadata,
@@ -144,6 +169,7 @@ fn describe(common: &Common, name: &str, spec: &StreamSpec) -> Described {
         max_messages: spec.max_messages,
         storage: spec.storage,
         num_replicas: spec.replicas.unwrap_or(common.nats.replicas),
+        placement: spec.placement.as_ref().unwrap_or(&common.nats.placement).described(),
         duplicate_window: Duration::from_secs(spec.duplicate_window_s(&common.nats)),
         discard: spec.discard(),
         metadata: (spec.archive == Archive::Archive).then(archived).into_iter().collect(),

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, Placement, RetentionPolicy, StorageType};
 use bus_core::streams::{
     Archive, Change, ChangeKind, Described, Effect, Existing, Field, Held, described, plan,
 };
@@ -70,6 +70,13 @@ fn each_field_is_judged_by_what_would_be_lost() {
         (&[("SUBJECTS", r#"["jobs.a"]"#)], &[], "subjects", "harmless"),
         (&[], &[("SUBJECTS", r#"["jobs.*"]"#)], "subjects", LOSES),
         (&[], &[("REPLICAS", "3")], "replicas", "harmless"),
+        (&[], &[("PLACEMENT", r#"{cluster="east"}"#)], "placement", "harmless"),
+        (
+            &[("PLACEMENT", r#"{cluster="east"}"#)],
+            &[("PLACEMENT", r#"{tags=["ssd"]}"#)],
+            "placement",
+            "harmless",
+        ),
         (&[], &[("DUPLICATE_WINDOW_S", "1")], "duplicate_window_s", "harmless"),
     ] {
         let changed = fields(&on_server(&jobs(from), HELD), &jobs(to));
@@ -145,6 +152,31 @@ fn what_the_configuration_does_not_speak_of_is_left_alone() {
     assert_eq!(change.config.max_messages_per_subject, 7);
     assert_eq!(change.config.metadata["owner"], "somebody");
     assert_eq!(change.config.discard, DiscardPolicy::New);
+}
+
+#[test]
+fn a_stream_is_placed_as_it_says_or_else_as_all_are() {
+    let all = ("EVENT_BUS_NATS__PLACEMENT", r#"{cluster="east", tags=["ssd"]}"#);
+    let own = ("EVENT_BUS_STREAMS__DEAD__PLACEMENT", r#"{tags=["hdd"]}"#);
+    let placed = |variables: &[(&str, &str)], name: &str| {
+        let wanted = described(&configured(variables));
+        wanted.into_iter().find(|stream| stream.name == name).unwrap().config.placement
+    };
+    let east = Placement { cluster: Some("east".to_owned()), tags: vec!["ssd".to_owned()] };
+    assert_eq!(placed(&[all, own], "deliver"), Some(east.clone()));
+    assert_eq!(
+        placed(&[all, own], "dead"),
+        Some(Placement { cluster: None, tags: vec!["hdd".to_owned()] }),
+        "a stream's own stands for the whole"
+    );
+    assert_eq!(placed(&[], "deliver"), None);
+
+    // Nothing is said, so nothing is to be done; and what else is changed leaves it where it is.
+    let east_by_hand =
+        Existing { config: Config { placement: Some(east.clone()), ..jobs(&[]).config }, held: HELD };
+    assert!(fields(&east_by_hand, &jobs(&[])).is_empty());
+    let change = plan(&[east_by_hand], &[jobs(&[("REPLICAS", "3")])]).changes.remove(0);
+    assert_eq!(change.config.placement, Some(east));
 }
 
 #[test]

@@ -92,6 +92,28 @@ pub fn processor_time(_: u32) -> Result<Duration> {
     anyhow::bail!("only Linux says how much processor time the children of a process took")
 }
 
+/// The memory that a process has in use, bytes.
+///
+/// # Errors
+/// If it has ended, or the system is not Linux.
+#[cfg(target_os = "linux")]
+pub fn resident_memory(pid: u32) -> Result<u64> {
+    // proc_pid_status(5)
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).context("read the state of a process")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kibibytes = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kibibytes.map(|n| n * 1024).with_context(|| format!("process {pid} has ended"))
+}
+
+/// See the other one.
+///
+/// # Errors
+/// Always.
+#[cfg(not(target_os = "linux"))]
+pub fn resident_memory(_: u32) -> Result<u64> {
+    anyhow::bail!("only Linux says how much memory a process has in use")
+}
+
 fn running(found: impl Iterator<Item = (u32, Seen)>) -> Vec<ProcessId> {
     found
         .filter(|(_, seen)| !seen.ended)

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 pub use rustix::process::Signal;
 
-pub use self::identity::{ProcessId, children_of, processes_with_argument, processor_time};
+pub use self::identity::{ProcessId, children_of, processes_with_argument, processor_time, resident_memory};
 use crate::poll;
 
 /// Whether a process dies with the one that started it.

@@ -130,6 +130,12 @@ impl Receiver {
         format!("http://{}{path}", self.address)
     }
 
+    /// A URL of a path for which nobody gets a connection: it asks for TLS where none is spoken.
+    #[must_use]
+    pub fn url_without_tls(&self, path: &str) -> String {
+        format!("https://{}{path}", self.address)
+    }
+
     /// Sets what a path answers from now on.
     pub fn script(&self, path: &str, script: impl Into<Script>) {
         self.shared.lock().paths.entry(path.to_owned()).or_default().script = script.into();

@@ -1,5 +1,6 @@
-//! A private nats-server and a private Postgres.
+//! A private nats-server, or three that are a cluster, and a private Postgres.
 
+mod cluster;
 mod nats;
 mod postgres;
 mod shared;
@@ -10,7 +11,8 @@ use std::net::{Ipv4Addr, TcpListener};
 use anyhow::{Context, Result};
 
 pub use self::{
-    nats::{NatsOptions, NatsServer, connect_nats},
+    cluster::NatsCluster,
+    nats::{ClusterPlace, NatsOptions, NatsServer, connect_nats},
     postgres::{Durability, OWNER, PostgresOptions, PostgresServer},
     shared::{SharedServers, TEST_NATS_URL, TEST_POSTGRES_URL, shared_servers},
     tools::Tools,

@@ -21,6 +21,10 @@ use crate::{
 
 /// How long a start may take. A store with many messages is read first.
 const START: Duration = Duration::from_secs(60);
+/// How long the answer to a probe may take.
+const PROBE: Duration = Duration::from_secs(5);
+/// What every cluster is called.
+pub(super) const CLUSTER: &str = "bus";
 /// How long an orderly stop may take.
 const STOP: Duration = Duration::from_secs(20);
 
@@ -37,6 +41,19 @@ pub struct NatsOptions {
     pub password: String,
     /// The port to listen on; a free one if absent.
     pub port: Option<u16>,
+    /// Its place in a cluster, if it is a node of one.
+    pub cluster: Option<ClusterPlace>,
+}
+
+/// The place of a node in its cluster.
+#[derive(Debug, Clone)]
+pub struct ClusterPlace {
+    /// The name of the node; it also has the tag `node:<name>`.
+    pub node: String,
+    /// The port on which it listens for the others.
+    pub route_port: u16,
+    /// The ports of all nodes, its own among them.
+    pub routes: Vec<u16>,
 }
 
 /// A running nats-server: loopback only, JetStream on file storage, one user with a password.
@@ -62,6 +79,7 @@ impl NatsServer {
             lifetime: Lifetime::Owned(Signal::KILL),
             password: random_token(16),
             port: None,
+            cluster: None,
         })
         .await?;
         server._run = Some(run);
@@ -100,6 +118,14 @@ impl NatsServer {
     #[must_use]
     pub fn id(&self) -> Option<ProcessId> {
         self.process.id()
+    }
+
+    /// Sends any signal.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn signal(&mut self, signal: Signal) -> Result<()> {
+        self.process.signal(signal)
     }
 
     /// Kills it as a crash would.
@@ -158,8 +184,12 @@ async fn launch(options: &NatsOptions, port: Option<u16>) -> Result<(Process, u1
             if let Some(status) = state.map_err(|error| error.to_string())? {
                 return Ok(Err(anyhow!("nats-server ended with {}:\n{log}", describe_exit(status))));
             }
-            let port = read_port(ports).ok_or("it has not written its port")?;
-            connect(&url(&options.password, port)).await?;
+            let ports = Ports::read(ports).ok_or("it has not written its ports")?;
+            let port = ports.client().ok_or("it listens nowhere")?;
+            match &options.cluster {
+                None => connect(&url(&options.password, port)).await?,
+                Some(_) => ports.is_current().await?,
+            }
             Ok::<_, String>(Ok(port))
         }
     })
@@ -175,19 +205,22 @@ async fn connect(url: &str) -> Result<(), String> {
     jetstream.query_account().await.map(drop).map_err(|error| error.to_string())
 }
 
-/// Connects to a nats-server with the user and password that its URL holds. The client library reads both
-/// from a URL, but does not send them.
+/// Connects to a nats-server, or to any of several whose URLs are separated by commas, with the user and password that
+/// the URL holds. The client library reads both from a URL, but does not send them.
 ///
 /// # Errors
-/// If the URL is none, or the server is not there or refuses.
+/// If the URL is none, or no server is there, or it refuses.
 pub async fn connect_nats(url: &str) -> Result<async_nats::Client> {
-    let server: ServerAddr = url.parse().context("read the URL of NATS")?;
+    let servers: Vec<ServerAddr> =
+        url.split(',').map(str::parse).collect::<Result<_, _>>().context("read the URL of NATS")?;
+    let first = servers.first().context("no URL of NATS")?;
     let mut options = ConnectOptions::new();
-    if let (Some(user), Some(password)) = (server.username(), server.password()) {
+    if let (Some(user), Some(password)) = (first.username(), first.password()) {
         options = options.user_and_password(user.to_owned(), password.to_owned());
     }
-    let client = options.connect(&server).await;
-    client.with_context(|| format!("connect to NATS at {}:{}", server.host(), server.port()))
+    let place = format!("{}:{}", first.host(), first.port());
+    let client = options.connect(servers).await;
+    client.with_context(|| format!("connect to NATS at {place}"))
 }
 
 fn write_config(path: &Path, options: &NatsOptions, port: Option<u16>) -> Result<()> {
@@ -197,7 +230,7 @@ fn write_config(path: &Path, options: &NatsOptions, port: Option<u16>) -> Result
     };
     // A stream reserves its limit when it is made, and each deployment on the server has one: the server's
     // own limit, three quarters of the free disk, would refuse the tenth deployment on a small machine.
-    let text = format!(
+    let mut text = format!(
         "host: 127.0.0.1\nport: {}\nports_file_dir: {}\njetstream {{ store_dir: {}, max_file_store: 1TB }}\n\
          authorization {{ user: bus, password: \"{}\" }}\n",
         port.map_or(-1, i32::from),
@@ -205,19 +238,48 @@ fn write_config(path: &Path, options: &NatsOptions, port: Option<u16>) -> Result
         quote(options.dir.join("store"))?,
         options.password,
     );
+    if let Some(ClusterPlace { node, route_port, routes }) = &options.cluster {
+        let routes: Vec<String> = routes.iter().map(|port| format!("nats://127.0.0.1:{port}")).collect();
+        // Clients know the nodes that they were given and no others: there may be proxies before them.
+        text.push_str(&format!(
+            "http: \"127.0.0.1:-1\"\nserver_name: {node}\nserver_tags: [\"node:{node}\"]\n\
+             cluster {{ name: {CLUSTER}, listen: \"127.0.0.1:{route_port}\", routes: [{}], no_advertise: true }}\n",
+            routes.join(", ")
+        ));
+    }
     // The file holds a password: never readable by others, also not for a moment.
     let _ = fs::remove_file(path);
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     std::io::Write::write_all(&mut file, text.as_bytes()).with_context(|| format!("write {}", path.display()))
 }
 
-/// The port from the file that nats-server writes when it listens.
-fn read_port(dir: &Path) -> Option<u16> {
-    #[derive(Deserialize)]
-    struct Ports {
-        nats: Vec<String>,
+/// Where a server listens, from the file that it writes then.
+#[derive(Deserialize)]
+struct Ports {
+    nats: Vec<String>,
+    #[serde(default)]
+    monitoring: Vec<String>,
+}
+
+impl Ports {
+    fn read(dir: &Path) -> Option<Self> {
+        let file = fs::read_dir(dir).ok()?.next()?.ok()?.path();
+        serde_json::from_slice(&fs::read(file).ok()?).ok()
     }
-    let file = fs::read_dir(dir).ok()?.next()?.ok()?.path();
-    let ports: Ports = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
-    ports.nats.first()?.rsplit_once(':')?.1.parse().ok()
+
+    fn client(&self) -> Option<u16> {
+        self.nats.first()?.rsplit_once(':')?.1.parse().ok()
+    }
+
+    /// Asks a node whether it has all that it is to hold: what a deployment's probe asks before it takes the next one.
+    async fn is_current(&self) -> Result<(), String> {
+        let base = self.monitoring.first().ok_or("it has no port for probes")?;
+        crate::install_tls_provider();
+        let http = reqwest::Client::builder().no_proxy().timeout(PROBE).build();
+        let http = http.map_err(|error| error.to_string())?;
+        let answer = http.get(format!("{base}/healthz")).send().await.map_err(|error| error.to_string())?;
+        let current = answer.status().is_success();
+        let said = answer.text().await.map_err(|error| error.to_string())?;
+        if current { Ok(()) } else { Err(said) }
+    }
 }

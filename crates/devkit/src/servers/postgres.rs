@@ -161,6 +161,30 @@ impl PostgresServer {
         .await
     }
 
+    /// Halts all its processes where they are, until [`resume`](Self::resume): a server that hangs.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn pause(&mut self) -> Result<()> {
+        // First, so that none is born between the listing and the halting.
+        self.process.signal(Signal::STOP)?;
+        for child in children_of(self.process.pid())? {
+            child.signal(Signal::STOP)?;
+        }
+        Ok(())
+    }
+
+    /// Lets a halted server go on.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn resume(&mut self) -> Result<()> {
+        for child in children_of(self.process.pid())? {
+            child.signal(Signal::CONT)?;
+        }
+        self.process.signal(Signal::CONT)
+    }
+
     /// Stops it in order; open connections are cut.
     ///
     /// # Errors

@@ -1,18 +1,22 @@
 //! The whole bus: servers, a database of its own, and any number of each binary.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
+mod options;
+mod servers;
+
+use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use async_nats::jetstream::{
-    self,
-    stream::{Info as StreamInfo, RetentionPolicy},
-};
-use futures::TryStreamExt;
+use async_nats::jetstream::stream::RetentionPolicy;
 use sqlx::{
     Connection, PgConnection,
     postgres::{PgPool, PgPoolOptions},
 };
 
+use self::servers::{Nats, Servers, delete_streams, own_servers, streams};
+pub use self::{
+    options::{Backend, ServerChoice, StackOptions},
+    servers::Proxies,
+};
 use crate::{
     client::ApiClient,
     database::{self, Database},
@@ -20,124 +24,8 @@ use crate::{
     process::{Lifetime, Signal, describe_exit},
     processes::{Role, RoleOptions, RoleProcess, bin_dir},
     random_token,
-    servers::{Durability, NatsServer, PostgresServer, SharedServers, Tools, connect_nats, shared_servers},
+    servers::{NatsCluster, NatsServer, PostgresServer, connect_nats, shared_servers},
 };
-
-/// Where the deliveries wait.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Backend {
-    /// In NATS JetStream.
-    Jetstream,
-    /// In the database.
-    Postgres,
-    /// In the memory of one process, which has every role.
-    Memory,
-}
-
-impl Backend {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Jetstream, Self::Postgres, Self::Memory];
-
-    /// The binaries that make a whole bus with it.
-    #[must_use]
-    pub fn binaries(self) -> &'static [Role] {
-        match self {
-            Self::Jetstream | Self::Postgres => &Role::ALL,
-            Self::Memory => &[Role::EventBus],
-        }
-    }
-
-    /// Its name in the configuration.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Jetstream => "jetstream",
-            Self::Postgres => "postgres",
-            Self::Memory => "memory",
-        }
-    }
-}
-
-/// Whose servers a stack uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ServerChoice {
-    /// Those of [`shared_servers`]; the stack has a database and a subject prefix of its own.
-    Shared,
-    /// Its own, which the test may kill.
-    Own(Durability),
-}
-
-/// What a stack consists of.
-#[derive(Debug, Clone)]
-pub struct StackOptions {
-    /// How many of each binary. With [`Backend::Memory`] there is one process, and more than one of anything
-    /// is refused.
-    pub replicas: BTreeMap<Role, usize>,
-    /// Where the deliveries wait.
-    pub backend: Backend,
-    /// Whose servers.
-    pub servers: ServerChoice,
-    /// Configuration for every binary of a role, or of all roles. The process of every role gets it all.
-    pub env: Vec<(Option<Role>, String, String)>,
-    /// The folder with the binaries; see [`bin_dir`].
-    pub bin_dir: Option<PathBuf>,
-}
-
-impl Default for StackOptions {
-    /// One of each binary on the shared servers, with JetStream.
-    fn default() -> Self {
-        Self {
-            replicas: Role::ALL.into_iter().map(|role| (role, 1)).collect(),
-            backend: Backend::Jetstream,
-            servers: ServerChoice::Shared,
-            env: Vec::new(),
-            bin_dir: None,
-        }
-    }
-}
-
-impl StackOptions {
-    /// With this many of one binary; none is a choice.
-    #[must_use]
-    pub fn replicas(mut self, role: Role, n: usize) -> Self {
-        self.replicas.insert(role, n);
-        self
-    }
-
-    /// With this backend.
-    #[must_use]
-    pub fn backend(mut self, backend: Backend) -> Self {
-        self.backend = backend;
-        self
-    }
-
-    /// On these servers.
-    #[must_use]
-    pub fn servers(mut self, servers: ServerChoice) -> Self {
-        self.servers = servers;
-        self
-    }
-
-    /// With a variable for every binary.
-    #[must_use]
-    pub fn env(mut self, name: &str, value: impl ToString) -> Self {
-        self.env.push((None, name.to_owned(), value.to_string()));
-        self
-    }
-
-    /// With a variable for every binary of one role.
-    #[must_use]
-    pub fn role_env(mut self, role: Role, name: &str, value: impl ToString) -> Self {
-        self.env.push((Some(role), name.to_owned(), value.to_string()));
-        self
-    }
-}
-
-#[derive(Debug)]
-enum Servers {
-    Shared(Arc<SharedServers>),
-    Own { nats: Option<NatsServer>, postgres: Box<PostgresServer> },
-}
 
 /// A running bus. Its processes end with the value; [`shutdown`](Stack::shutdown) also checks that they
 /// end well.
@@ -145,6 +33,8 @@ enum Servers {
 pub struct Stack {
     options: StackOptions,
     processes: Vec<RoleProcess>,
+    /// Ended after the processes, which would only complain, and before the servers.
+    proxies: Option<Proxies>,
     servers: Servers,
     database: Database,
     prefix: String,
@@ -160,10 +50,7 @@ impl Stack {
     /// # Errors
     /// If a server or a binary does not start; then with the end of its log.
     pub async fn start(options: StackOptions) -> Result<Self> {
-        ensure!(
-            options.backend != Backend::Memory || options.replicas.values().all(|n| *n <= 1),
-            "memory is one process's: there can be no replicas"
-        );
+        options.check()?;
         let servers = match options.servers {
             ServerChoice::Shared => Servers::Shared(shared_servers().await?),
             ServerChoice::Own(durability) => own_servers(&options, durability).await?,
@@ -172,6 +59,12 @@ impl Stack {
             Servers::Shared(shared) => shared.postgres_url().to_owned(),
             Servers::Own { postgres, .. } => postgres.url("postgres"),
         };
+        let proxies = match &servers {
+            Servers::Own { nats, postgres } if options.proxied => {
+                Some(Proxies::before(nats.as_ref(), postgres).await?)
+            }
+            _ => None,
+        };
         let database = Database::create(&server_url).await?;
         let bin_dir = match &options.bin_dir {
             Some(dir) => dir.clone(),
@@ -179,6 +72,7 @@ impl Stack {
         };
         let mut stack = Self {
             processes: Vec::new(),
+            proxies,
             servers,
             database,
             prefix: random_token(8),
@@ -218,7 +112,11 @@ impl Stack {
             ("DATABASE_URL".to_owned(), self.database_url(role)?),
         ];
         if let Some(url) = self.nats_url() {
+            let url = self.proxies.as_ref().map_or(Ok(url.clone()), |proxies| proxies.through(&url))?;
             env.push(("NATS_URL".to_owned(), url));
+        }
+        if self.options.cluster {
+            env.push(("EVENT_BUS_NATS__REPLICAS".to_owned(), "3".to_owned()));
         }
         if matches!(role, Role::Archiver | Role::EventBus) {
             env.push(("EVENT_BUS_COLD__URL".to_owned(), format!("file://{}", self.cold_dir().display())));
@@ -259,6 +157,11 @@ impl Stack {
         let role = if self.options.backend == Backend::Memory { Role::EventBus } else { role };
         let mut of_role = self.processes.iter_mut().filter(|process| process.role() == role);
         of_role.nth(index).unwrap_or_else(|| panic!("this stack has no {}-{index}", role.binary()))
+    }
+
+    /// All processes, in the order in which they were started.
+    pub fn processes(&mut self) -> impl Iterator<Item = &mut RoleProcess> {
+        self.processes.iter_mut()
     }
 
     /// One publisher.
@@ -316,7 +219,8 @@ impl Stack {
     /// # Errors
     /// If the owner's URL is none.
     pub fn database_url(&self, role: Role) -> Result<String> {
-        database::role_url(self.database.url(), role)
+        let url = database::role_url(self.database.url(), role)?;
+        self.proxies.as_ref().map_or(Ok(url.clone()), |proxies| proxies.through(&url))
     }
 
     /// How the owner connects to the database.
@@ -333,24 +237,44 @@ impl Stack {
         Ok(PgPoolOptions::new().max_connections(4).connect(self.database.url()).await?)
     }
 
-    /// How to connect to NATS, if this stack has one.
+    /// How to connect to NATS, if this stack has one: directly, whatever lies between it and the binaries.
     #[must_use]
     pub fn nats_url(&self) -> Option<String> {
         match &self.servers {
             _ if self.options.backend != Backend::Jetstream => None,
             Servers::Shared(shared) => Some(shared.nats_url().to_owned()),
-            Servers::Own { nats, .. } => nats.as_ref().map(NatsServer::url),
+            Servers::Own { nats, .. } => nats.as_ref().map(Nats::url),
         }
+    }
+
+    /// What lies between the binaries and the servers.
+    ///
+    /// # Panics
+    /// If the stack was started without.
+    #[must_use]
+    pub fn proxies(&self) -> &Proxies {
+        self.proxies.as_ref().expect("this stack has no proxies")
     }
 
     /// Its own nats-server, to be killed and restarted.
     ///
     /// # Panics
-    /// If the stack does not have one of its own.
+    /// If the stack does not have a single one of its own.
     pub fn nats(&mut self) -> &mut NatsServer {
         match &mut self.servers {
-            Servers::Own { nats: Some(nats), .. } => nats,
+            Servers::Own { nats: Some(Nats::Single(nats)), .. } => nats,
             _ => panic!("this stack has no nats-server of its own"),
+        }
+    }
+
+    /// Its own cluster, whose nodes are to be killed and restarted.
+    ///
+    /// # Panics
+    /// If the stack has none.
+    pub fn nats_cluster(&mut self) -> &mut NatsCluster {
+        match &mut self.servers {
+            Servers::Own { nats: Some(Nats::Cluster(cluster)), .. } => cluster,
+            _ => panic!("this stack has no cluster"),
         }
     }
 
@@ -448,35 +372,3 @@ impl Stack {
 
 /// What the binaries may connect to besides public addresses: the receivers of a test.
 const LOOPBACK: &str = r#"["127.0.0.0/8","::1/128"]"#;
-
-async fn own_servers(options: &StackOptions, durability: Durability) -> Result<Servers> {
-    let tools = tokio::task::spawn_blocking(Tools::locate).await??;
-    let nats = async {
-        Ok(match options.backend {
-            Backend::Jetstream => Some(NatsServer::private(&tools).await?),
-            Backend::Postgres | Backend::Memory => None,
-        })
-    };
-    let (nats, postgres) = tokio::try_join!(nats, PostgresServer::private(&tools, durability))?;
-    Ok(Servers::Own { nats, postgres: Box::new(postgres) })
-}
-
-/// Removes the streams of one deployment from a server that others use too.
-async fn delete_streams(nats_url: &str, prefix: &str) -> Result<()> {
-    let client = connect_nats(nats_url).await?;
-    for stream in streams(&client, prefix).await? {
-        let deleted = jetstream::new(client.clone()).delete_stream(&stream.config.name).await;
-        deleted.context("delete a stream of a test")?;
-    }
-    Ok(())
-}
-
-/// The streams with subjects of one deployment.
-async fn streams(client: &async_nats::Client, prefix: &str) -> Result<Vec<StreamInfo>> {
-    let streams: Vec<StreamInfo> =
-        jetstream::new(client.clone()).streams().try_collect().await.context("list the streams")?;
-    let ours = |stream: &StreamInfo| {
-        stream.config.subjects.iter().any(|subject| subject.split('.').next() == Some(prefix))
-    };
-    Ok(streams.into_iter().filter(ours).collect())
-}
