@@ -4,6 +4,7 @@ mod archive;
 mod audit;
 mod bench;
 mod cargo;
+mod chaos;
 pub mod demo;
 mod deployment;
 mod dev;
@@ -61,6 +62,8 @@ pub enum Command {
     Archive(archive::Archive),
     /// Show the bus at work: two organizations, ten subscriptions, a few hundred events, and a crash
     Demo(demo::Demo),
+    /// Break everything in turn under load, and account for every event
+    Chaos(chaos::Chaos),
     /// Measure how fast and how exact the bus is
     Bench(bench::Bench),
     /// Run the whole gate: format, lints, licences, tests, documentation, demo
@@ -82,6 +85,7 @@ impl Command {
             Self::Reconcile(reconcile) => reconcile.run().await?,
             Self::Archive(archive) => archive.run().await?,
             Self::Demo(demo) => demo.run().await?,
+            Self::Chaos(chaos) => chaos.run().await?,
             Self::Bench(bench) => bench.run().await?,
             Self::Test(test) => test.run().await?,
         }

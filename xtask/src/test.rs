@@ -1,6 +1,7 @@
 //! `cargo xtask test`: the whole gate.
 
 use std::{
+    path::PathBuf,
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -15,6 +16,7 @@ use devkit::{
 
 use crate::{
     cargo::{build_binaries, cargo, run},
+    chaos::Chaos,
     demo::{DemoOptions, demo},
     ui::{self, FAINT, GOOD, STRONG, paint},
 };
@@ -61,9 +63,16 @@ impl Test {
             tests.args(FAULT_POINTS);
             run(tests)
         })?;
-        gate.step("build the binaries as they ship", || build_binaries(false).map(drop))?;
+        let mut shipped = None;
+        gate.step("build the binaries as they ship", || {
+            shipped = Some(build_binaries(false)?);
+            Ok(())
+        })?;
         for backend in Backend::ALL {
             gate.demo(backend).await?;
+        }
+        if let Some(bin_dir) = shipped {
+            gate.chaos(bin_dir).await?;
         }
         gate.summary();
         Ok(())
@@ -112,6 +121,13 @@ impl Gate {
             ensure!(outcome.is_success(), "the demo did not end as promised");
             Ok(())
         });
+        self.finish(name, start, result)
+    }
+
+    async fn chaos(&mut self, bin_dir: PathBuf) -> Result<()> {
+        let name = "chaos";
+        let start = heading(name);
+        let result = Chaos::short(bin_dir).run().await;
         self.finish(name, start, result)
     }
 
