@@ -58,6 +58,8 @@ pub enum Hint {
     Due,
     /// The queue of the Postgres backend has something new.
     Enqueued,
+    /// An organization was moved to another lane.
+    LanesChanged,
     /// Says nothing. Whoever announced it and hears it has heard all that was announced before; see [`Current`].
     Probe(Uuid),
     /// Hints may have been lost: whatever was kept in memory on their strength is to be read again.
@@ -65,7 +67,7 @@ pub enum Hint {
 }
 
 /// One line, the same on every transport: `connection <uuid>`, `closed <uuid>`, `cancelled <uuid>`, `due`,
-/// `enqueued`, `probe <uuid>`, `missed`.
+/// `enqueued`, `lanes`, `probe <uuid>`, `missed`.
 impl fmt::Display for Hint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -74,6 +76,7 @@ impl fmt::Display for Hint {
             Self::Cancelled(id) => write!(f, "cancelled {id}"),
             Self::Due => f.write_str("due"),
             Self::Enqueued => f.write_str("enqueued"),
+            Self::LanesChanged => f.write_str("lanes"),
             Self::Probe(id) => write!(f, "probe {id}"),
             Self::Missed => f.write_str("missed"),
         }
@@ -91,6 +94,7 @@ impl Hint {
             "cancelled" => words.next()?.parse().ok().map(Self::Cancelled),
             "due" => Some(Self::Due),
             "enqueued" => Some(Self::Enqueued),
+            "lanes" => Some(Self::LanesChanged),
             "probe" => words.next()?.parse().ok().map(Self::Probe),
             "missed" => Some(Self::Missed),
             _ => None,
@@ -204,6 +208,7 @@ mod tests {
             id.prop_map(Hint::Probe),
             Just(Hint::Due),
             Just(Hint::Enqueued),
+            Just(Hint::LanesChanged),
             Just(Hint::Missed),
         ]
     }
@@ -218,7 +223,7 @@ mod tests {
 
         #[test]
         fn garbage_is_no_hint(line in "\\PC{0,80}", word in "connection|closed|cancelled|probe|due|paused|") {
-            let known = ["connection", "closed", "cancelled", "due", "enqueued", "probe", "missed"];
+            let known = ["connection", "closed", "cancelled", "due", "enqueued", "lanes", "probe", "missed"];
             let read = Hint::parse(&line);
             prop_assert!(read.is_none() || known.contains(&line.split_whitespace().next().unwrap()));
             let _ = Hint::parse(&format!("{word} {line}"));
