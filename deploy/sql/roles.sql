@@ -29,7 +29,7 @@ GRANT SELECT ON delivery_attempts, history_progress TO bus_publisher;
 -- Acknowledgements and cancellations.
 GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_publisher;
 GRANT DELETE ON delivery_queue TO bus_publisher;
-GRANT SELECT, INSERT, UPDATE, DELETE ON replays TO bus_publisher;
+GRANT SELECT, INSERT, UPDATE, DELETE ON replays, brokers TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON scheduled_events, schedules TO bus_publisher;
 GRANT SELECT ON occurrences TO bus_publisher;
 GRANT SELECT, INSERT, DELETE ON erasures TO bus_publisher;

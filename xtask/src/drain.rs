@@ -1,19 +1,13 @@
 //! `cargo xtask drain`.
 
-use std::{
-    collections::HashMap,
-    env,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use bus_core::{
     audit::{Action, Change, TargetKind},
-    config::{self, Backend, Common},
+    config::{Backend, Common},
     pg,
     queue::{Drained, Transport, drain},
-    telemetry::Chain,
 };
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -21,7 +15,7 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    audit,
+    audit, deployment,
     ui::{self, FAINT, GOOD, paint},
 };
 
@@ -64,8 +58,8 @@ impl From<Queue> for Backend {
 
 /// Move everything that is pending from one queue into the other, for a deployment that changes its backend.
 /// First stop the workers and schedulers, and give the publishers the new backend; start the others with it
-/// afterwards. It may be interrupted and repeated. Lanes, prefix and the section [nats] must be the deployment's:
-/// they are read from where the binaries read them.
+/// afterwards. It may be interrupted and repeated. Lanes, prefix and the section [nats] must be
+/// the deployment's: they are read from where the binaries read them.
 #[derive(Debug, Args)]
 pub struct Drain {
     /// Where the deliveries wait now
@@ -74,22 +68,16 @@ pub struct Drain {
     /// Where they are to wait
     #[arg(long, value_enum)]
     to: Queue,
-    /// Configuration file of a binary (TOML); the environment overrides it
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// The database, with the user of the workers or the owner
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
-    database_url: Option<String>,
-    /// The broker
-    #[arg(long, env = "NATS_URL", hide_env_values = true)]
-    nats_url: Option<String>,
+    #[command(flatten)]
+    deployment: deployment::Flags,
 }
 
 impl Drain {
     pub(crate) async fn run(self) -> Result<()> {
         ensure!(self.from != self.to, "--from and --to name the same queue");
         devkit::install_tls_provider();
-        let common = self.common()?;
+        // One of the two queues is JetStream, so the broker's URL is asked for in any case.
+        let common = self.deployment.common_with(Some("jetstream"))?;
         let pool = pg::pool(&common.postgres, "drain")?;
         pg::check_schema(&pool).await?;
         nobody_takes(&pool).await?;
@@ -132,19 +120,6 @@ impl Drain {
             }
         }
         Ok(())
-    }
-
-    /// The configuration of the deployment, as its binaries read it. One of the two queues is JetStream, so the
-    /// broker's URL is asked for in any case.
-    fn common(&self) -> Result<Common> {
-        let mut environment: HashMap<String, String> = env::vars().collect();
-        let flags = [("DATABASE_URL", &self.database_url), ("NATS_URL", &self.nats_url)];
-        for (name, value) in flags {
-            environment.extend(value.clone().map(|value| (name.to_owned(), value)));
-        }
-        environment.insert("EVENT_BUS_BACKEND".to_owned(), "jetstream".to_owned());
-        config::load_common(self.config.as_deref(), environment)
-            .map_err(|refused| anyhow!("{}", Chain(&refused)))
     }
 }
 

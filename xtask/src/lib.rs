@@ -5,10 +5,12 @@ mod audit;
 mod bench;
 mod cargo;
 pub mod demo;
+mod deployment;
 mod dev;
 mod down;
 mod drain;
 mod migrate;
+mod reconcile;
 mod streams;
 mod test;
 pub mod ui;
@@ -53,6 +55,8 @@ pub enum Command {
     Streams(streams::Streams),
     /// Change the backend: move everything that is pending from one queue into the other
     Drain(drain::Drain),
+    /// Put back what the queue has lost: what neither history nor the database nor the queue knows of
+    Reconcile(reconcile::Reconcile),
     /// Look into the cold storage, and restore from it: list, verify, query, restore, expunge
     Archive(archive::Archive),
     /// Show the bus at work: two organizations, ten subscriptions, a few hundred events, and a crash
@@ -75,6 +79,7 @@ impl Command {
             Self::Migrate(migrate) => migrate.run().await?,
             Self::Streams(streams) => return streams.run().await,
             Self::Drain(drain) => drain.run().await?,
+            Self::Reconcile(reconcile) => reconcile.run().await?,
             Self::Archive(archive) => archive.run().await?,
             Self::Demo(demo) => demo.run().await?,
             Self::Bench(bench) => bench.run().await?,

@@ -113,6 +113,8 @@ words! {
         StreamsApplied = "streams.applied",
         /// An operator moved what was pending from one backend's queue into the other's.
         QueueDrained = "queue.drained",
+        /// Deliveries that the queue had lost were put back, by `cargo xtask reconcile`.
+        QueueReconciled = "queue.reconciled",
         /// Events were read with what they say; recorded where the configuration asks for it.
         PayloadRead = "payload.read",
     }

@@ -22,6 +22,7 @@ pub mod pattern;
 pub mod pg;
 pub mod queue;
 pub mod receipt;
+pub mod reconcile;
 pub mod retry;
 pub mod schedule;
 pub mod signature;

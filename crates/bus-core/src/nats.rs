@@ -9,9 +9,9 @@ use std::{
 use async_nats::{
     Client, ConnectOptions, Event, ServerAddr,
     jetstream::{
-        Context,
+        Context, ErrorCode,
         consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull},
-        context::ContextBuilder,
+        context::{ContextBuilder, GetStreamErrorKind},
     },
 };
 use bytes::Bytes;
@@ -225,6 +225,21 @@ impl Nats {
         Ok(())
     }
 
+    /// When the delivery stream was created, which tells it from one of the same name; `None` if there is none.
+    pub async fn delivery_stream_created(&self) -> Result<Option<String>, NatsError> {
+        match self.jetstream.get_stream(&self.names.deliver_stream).await {
+            Ok(stream) => Ok(Some(stream.cached_info().created.unix_timestamp_nanos().to_string())),
+            Err(failed) => match failed.kind() {
+                GetStreamErrorKind::JetStream(refused)
+                    if refused.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+                {
+                    Ok(None)
+                }
+                _ => Err(failed).during("look up the delivery stream"),
+            },
+        }
+    }
+
     /// The lanes whose consumers have something to hand out, or have handed it out.
     pub async fn lanes(&self) -> Result<BTreeSet<u16>, NatsError> {
         const OPERATION: &str = "list the consumers of the delivery stream";
@@ -357,6 +372,11 @@ impl Names {
     /// The deliveries of one connection.
     pub fn deliver(&self, lane: u16, organization: OrganizationId, connection: ConnectionId) -> String {
         format!("{}.deliver.{lane}.{organization}.{connection}", self.prefix)
+    }
+
+    /// The deliveries of one connection, whatever their lane.
+    pub fn deliveries_of(&self, organization: OrganizationId, connection: ConnectionId) -> String {
+        format!("{}.deliver.*.{organization}.{connection}", self.prefix)
     }
 
     /// The dead letters of one connection.

@@ -102,6 +102,11 @@ pub struct PublishConfig {
     pub outbox_lease_s: u64,
     /// Fan-outs under way at a time; what does not fit is left to the relay.
     pub fan_outs: usize,
+    /// When a broker is met for the first time, what was fanned out since its predecessor was known to be there, and so
+    /// many seconds before, is compared with history. Must cover the server's `sync_interval`, 120 s by default.
+    pub reconcile_window_s: u64,
+    /// The same if the delivery stream is another one, seconds: as long as a delivery lives (`worker.lifetime_s`).
+    pub reconcile_stream_s: u64,
 }
 
 /// What the API must know of the sinks. The section is shared with the worker's, whose other keys do not
@@ -158,6 +163,9 @@ impl RoleConfig for PublisherConfig {
                 "publish.outbox_lease_s ({}) must be at most half of nats.duplicate_window_s ({})",
                 publish.outbox_lease_s, common.nats.duplicate_window_s
             ));
+        }
+        if publish.reconcile_window_s > publish.reconcile_stream_s {
+            return Some("publish.reconcile_window_s must not exceed publish.reconcile_stream_s".into());
         }
         None
     }

@@ -2,18 +2,20 @@
 //!
 //! The way of an event: [`api`] reads the request, [`ingest`] bounds what is under way, [`commit`] puts
 //! whatever has gathered into one transaction and matches it there, [`fanout`] puts the deliveries into
-//! the queue. [`relay`] does that for a process that died before it could.
+//! the queue. [`relay`] does that for a process that died before it could, and
+//! [`reconcile`] does it again for a broker that lost what it had.
 
 pub mod api;
 pub mod commit;
 pub mod config;
 pub mod fanout;
 pub mod ingest;
+mod reconcile;
 pub mod relay;
 mod serve;
 pub mod state;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     address::AddressPolicy,
@@ -32,6 +34,7 @@ use crate::{
     config::PublisherConfig,
     fanout::FanOuts,
     ingest::Ingest,
+    reconcile::Reconciling,
     relay::Relay,
     state::{AppState, Inner},
 };
@@ -73,6 +76,15 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         stop: ctx.stop.clone(),
     };
     ctx.spawn("relay", relay.run());
+    let reconciling = Reconciling {
+        pool: pool.clone(),
+        transport: transport.clone(),
+        window: Duration::from_secs(publish.reconcile_window_s),
+        whole_stream: Duration::from_secs(publish.reconcile_stream_s),
+        beat: ctx.health.heartbeat("reconcile", reconcile::LOOK * 20),
+        stop: ctx.stop.clone(),
+    };
+    ctx.spawn("reconcile", reconciling.run());
 
     let state = AppState::new(Inner {
         pool,

@@ -6,6 +6,8 @@ mod clock;
 mod due;
 mod history;
 mod history_cost;
+mod neighbours;
+mod volume;
 
 use std::path::PathBuf;
 
@@ -45,6 +47,10 @@ enum What {
     History(history::History),
     /// What history costs the database, written in bulk and row by row
     HistoryCost(history_cost::HistoryCost),
+    /// What endpoints that hang, and an organization that floods its lane, cost the others
+    Neighbours(neighbours::Neighbours),
+    /// A million events in one run: complete, and without growth
+    Volume(volume::Volume),
 }
 
 impl Bench {
@@ -59,6 +65,8 @@ impl Bench {
             What::History(history) => history.run(binaries()?).await,
             // Postgres alone.
             What::HistoryCost(cost) => cost.run().await,
+            What::Neighbours(neighbours) => neighbours.run(binaries()?).await,
+            What::Volume(volume) => volume.run(binaries()?).await,
         }
     }
 }

@@ -6,6 +6,7 @@
 mod agenda;
 mod archive;
 pub mod audit;
+mod brokers;
 mod connections;
 mod dead_letters;
 mod deliveries;
@@ -19,6 +20,7 @@ mod partitions;
 mod publish;
 mod receipts;
 mod receivers;
+mod reconcile;
 mod replays;
 mod restore;
 mod scheduled;
@@ -36,9 +38,10 @@ use sqlx::{
 };
 
 pub use self::{
-    agenda::*, archive::*, connections::*, dead_letters::*, deliveries::*, erasures::*, events::*,
-    history::*, keys::*, organizations::*, outbox::*, partitions::*, publish::*, receipts::*, receivers::*,
-    replays::*, restore::*, scheduled::*, schedules::*, snapshot::*, subscriptions::*,
+    agenda::*, archive::*, brokers::*, connections::*, dead_letters::*, deliveries::*, erasures::*,
+    events::*, history::*, keys::*, organizations::*, outbox::*, partitions::*, publish::*, receipts::*,
+    receivers::*, reconcile::*, replays::*, restore::*, scheduled::*, schedules::*, snapshot::*,
+    subscriptions::*,
 };
 use crate::config::PostgresConfig;
 

@@ -8,14 +8,16 @@ use std::{
 
 use async_nats::{
     HeaderMap,
-    jetstream::{AckKind, Message, consumer::PullConsumer, message::PublishMessage},
+    jetstream::{
+        AckKind, Message, consumer::PullConsumer, message::PublishMessage, stream::RawMessageErrorKind,
+    },
 };
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{
-    StreamExt as _,
+    StreamExt as _, TryStreamExt as _,
     future::join_all,
-    stream::{BoxStream, FuturesUnordered},
+    stream::{self, BoxStream, FuturesUnordered},
 };
 use jiff::Timestamp;
 use tokio::{sync::Mutex, time::Instant};
@@ -35,6 +37,9 @@ use crate::{
 /// of the client; a call that took more permits while it waits for others would, beside others like it,
 /// wait for ever.
 const WINDOW: usize = 256;
+
+/// Connections whose messages are looked through side by side.
+const WALKS: usize = 32;
 
 /// Receipts of one message; a receipt is about 300 bytes.
 const RECEIPTS_PER_MESSAGE: usize = 500;
@@ -196,6 +201,16 @@ impl DeliveryQueue for JetStreamQueue {
         Ok(self.nats.lanes().await?.into_iter().chain(0..self.lanes).collect())
     }
 
+    async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError> {
+        let mut wanted: HashMap<String, HashSet<DeliveryId>> = HashMap::new();
+        for key in deliveries {
+            let subject = self.nats.names.deliveries_of(key.organization, key.connection);
+            wanted.entry(subject).or_default().insert(key.id);
+        }
+        let walks: Vec<_> = wanted.into_iter().map(|(subject, wanted)| self.walk(subject, wanted)).collect();
+        stream::iter(walks).buffer_unordered(WALKS).try_concat().await
+    }
+
     async fn depth(&self) -> Result<u64, QueueError> {
         const OPERATION: &str = "count the deliveries in the queue";
         let name = &self.nats.names.deliver_stream;
@@ -253,6 +268,30 @@ impl DeliveryQueue for JetStreamQueue {
 }
 
 impl JetStreamQueue {
+    /// Which of the wanted deliveries are among the messages of a subject. By the leader's own account, message by
+    /// message: a work queue has no second consumer, and a follower may lag.
+    async fn walk(
+        &self,
+        subject: String,
+        mut wanted: HashSet<DeliveryId>,
+    ) -> Result<HashSet<DeliveryId>, QueueError> {
+        const OPERATION: &str = "look through the delivery stream";
+        let name = &self.nats.names.deliver_stream;
+        let stream = self.nats.jetstream.get_stream_no_info(name).await.during(OPERATION)?;
+        let (mut sequence, mut held) = (1, HashSet::new());
+        while !wanted.is_empty() {
+            let message = match stream.get_first_raw_message_by_subject(&subject, sequence).await {
+                Ok(message) => message,
+                Err(failed) if failed.kind() == RawMessageErrorKind::NoMessageFound => break,
+                Err(failed) => return Err(failed).during(OPERATION)?,
+            };
+            sequence = message.sequence + 1;
+            let id = message.headers.get(MESSAGE_ID).and_then(|id| delivery_of(id.as_str()));
+            held.extend(id.filter(|id| wanted.remove(id)));
+        }
+        Ok(held)
+    }
+
     async fn publish(
         &self,
         subject: String,
@@ -349,6 +388,11 @@ fn write_progress(headers: &mut HeaderMap, delivery: DeliveryId, progress: Progr
     }
 }
 
+/// The delivery that a message id names.
+fn delivery_of(message_id: &str) -> Option<DeliveryId> {
+    message_id.split(':').next().and_then(|id| id.parse().ok())
+}
+
 /// What a message says.
 struct Read {
     key: DeliveryKey,
@@ -363,11 +407,11 @@ fn read(message: &Message) -> Result<Read, &'static str> {
     let optional = |name: &'static str| headers.get(name).map(|value| value.as_str());
     let header = |name: &'static str, problem| optional(name).ok_or(problem);
     let id = header(MESSAGE_ID, "no Nats-Msg-Id")?;
-    let (id, turn) = match id.split_once(':') {
-        Some((id, turn)) => (id, turn.parse::<i64>().map_err(|_| "Nats-Msg-Id: not a turn")?),
-        None => (id, 0),
+    let turn = match id.split_once(':') {
+        Some((_, turn)) => turn.parse::<i64>().map_err(|_| "Nats-Msg-Id: not a turn")?,
+        None => 0,
     };
-    let id: DeliveryId = id.parse().map_err(|_| "Nats-Msg-Id: not a delivery id")?;
+    let id = delivery_of(id).ok_or("Nats-Msg-Id: not a delivery id")?;
     if turn < 0 {
         return Err("Nats-Msg-Id: not a turn");
     }

@@ -2,7 +2,7 @@
 //! dies with the process.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -216,6 +216,12 @@ impl DeliveryQueue for MemoryQueue {
     async fn lanes(&self) -> Result<BTreeSet<u16>, QueueError> {
         let taken: BTreeSet<u16> = self.state().entries.values().map(|entry| entry.lane).collect();
         Ok((0..self.lanes).chain(taken).collect())
+    }
+
+    async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError> {
+        let state = self.state();
+        let held = deliveries.iter().map(|key| key.id).filter(|id| state.entries.contains_key(id));
+        Ok(held.collect())
     }
 
     async fn depth(&self) -> Result<u64, QueueError> {

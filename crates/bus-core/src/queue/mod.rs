@@ -5,7 +5,12 @@ mod jetstream;
 mod memory;
 mod postgres;
 
-use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    fmt,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -167,6 +172,10 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
     /// earlier configuration that had more, and those of single organizations. Asks no database that carries no
     /// deliveries.
     async fn lanes(&self) -> Result<BTreeSet<u16>, QueueError>;
+
+    /// Which of these deliveries are in the queue, in whatever turn, held and waiting ones included. What went in before
+    /// the call and has not left it by the end is among them.
+    async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError>;
 
     /// How many deliveries are in the queue, held and waiting ones included.
     async fn depth(&self) -> Result<u64, QueueError>;

@@ -1,7 +1,11 @@
 //! The delivery queue in Postgres, for those who run no NATS: `FOR UPDATE SKIP LOCKED`, leases that
 //! expire, hints to wake and polling as the safety net.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -19,7 +23,7 @@ use uuid::Uuid;
 
 use super::{Body, DeliveryQueue, Enqueue, Lease, Leased, QueueError};
 use crate::{
-    delivery::Progress,
+    delivery::{DeliveryKey, Progress},
     ids::DeliveryId,
     notify::{self, Hint, Notifier},
     pg::{self, DeadLetter, During as _},
@@ -175,6 +179,16 @@ impl DeliveryQueue for PostgresQueue {
         .await
         .during("look for other lanes that hold deliveries")?;
         Ok((0..self.lanes).chain(taken.into_iter().filter_map(|lane| u16::try_from(lane).ok())).collect())
+    }
+
+    async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError> {
+        let held: Vec<Uuid> =
+            sqlx::query_scalar("SELECT delivery_id FROM delivery_queue WHERE delivery_id = ANY($1)")
+                .bind(deliveries.iter().map(|key| key.id.0).collect::<Vec<_>>())
+                .fetch_all(&self.pool)
+                .await
+                .during("look deliveries up in the queue")?;
+        Ok(held.into_iter().map(DeliveryId).collect())
     }
 
     async fn depth(&self) -> Result<u64, QueueError> {

@@ -1,9 +1,13 @@
 //! What every queue does.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    time::Duration,
+};
 
 use bus_core::{
-    ids::{Ids as _, SystemIds},
+    delivery::DeliveryKey,
+    ids::{DeliveryId, Ids as _, SystemIds},
     queue::Enqueue,
 };
 
@@ -210,5 +214,26 @@ pub(crate) async fn what_is_moved_to_another_lane_is_in_that_one_alone(kind: Kin
     assert_eq!((held.key, held.progress, held.handed_out, held.lane), (sent.key, sent.progress, 1, 0));
     assert_eq!(held.progress.attempts, 0);
     held.lease.ack().await.unwrap();
+    fixture.end().await;
+}
+
+pub(crate) async fn it_knows_what_it_holds(kind: Kind) {
+    let fixture = Fixture::new(kind).await;
+    let keys: Vec<DeliveryKey> = fixture.put(5).await.into_iter().map(|one| one.key).collect();
+    let stranger = fixture.delivery(b"{}").await;
+    let mut held = pull_all(&fixture.queue, 3).await;
+    let (acked, postponed) = (held.remove(0), held.remove(0));
+    let expected: HashSet<DeliveryId> =
+        keys.iter().map(|key| key.id).filter(|id| *id != acked.key.id).collect();
+    acked.lease.ack().await.unwrap();
+    postponed.lease.postpone(postponed.progress.next(1), Duration::from_secs(3)).await.unwrap();
+    let asked: Vec<DeliveryKey> = keys.into_iter().chain([stranger.key]).collect();
+    // An acknowledgement is not waited for.
+    wait_until("the acknowledged one to be gone", DEADLINE, || async {
+        let holds = fixture.other_worker.holds(&asked).await.unwrap();
+        if holds == expected { Ok(()) } else { Err(holds.len()) }
+    })
+    .await;
+    assert!(fixture.queue.holds(&[]).await.unwrap().is_empty());
     fixture.end().await;
 }

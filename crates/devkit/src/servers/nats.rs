@@ -90,6 +90,12 @@ impl NatsServer {
         url(&self.options.password, self.port)
     }
 
+    /// The folder of its store.
+    #[must_use]
+    pub fn store(&self) -> PathBuf {
+        self.options.dir.join("store")
+    }
+
     /// The process.
     #[must_use]
     pub fn id(&self) -> Option<ProcessId> {

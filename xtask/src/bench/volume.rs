@@ -1,0 +1,247 @@
+//! Many events in one run: all of them arrive, and neither memory nor the cost of a delivery grows with them.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use devkit::{
+    client::ApiClient,
+    poll,
+    process::{processor_time, resident_memory},
+    processes::Role,
+    receiver::{Answer, Receiver, Script},
+    servers::Durability,
+    stack::{ServerChoice, Stack, StackOptions},
+};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::ui::{self, STRONG, Step, paint};
+
+/// Events of one request.
+const BATCH: usize = 500;
+/// Requests under way at a time.
+const REQUESTS: usize = 2;
+/// Deliveries that may wait in the queue while more is published: the queue is not what is measured.
+const AHEAD: usize = 100_000;
+/// How long a tenth of the deliveries may take.
+const DEADLINE: Duration = Duration::from_secs(3_600);
+
+/// How many.
+#[derive(Debug, Args)]
+pub(super) struct Volume {
+    /// Events that are published
+    #[arg(long, default_value_t = 1_000_000)]
+    events: usize,
+    /// Subscriptions that each of them matches
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=100))]
+    subscriptions: u16,
+}
+
+/// What has arrived: one bit for each delivery.
+#[derive(Debug)]
+struct Arrived {
+    seen: Vec<bool>,
+    distinct: usize,
+    repeated: usize,
+}
+
+type Shared = Arc<Mutex<Arrived>>;
+
+/// What everything has cost so far.
+#[derive(Debug)]
+struct Reading {
+    deliveries: usize,
+    at: Instant,
+    /// By process: its memory, bytes, and the processor time that it has taken.
+    processes: Vec<(String, u64, Duration)>,
+}
+
+impl Volume {
+    pub(super) async fn run(self, bin_dir: PathBuf) -> Result<()> {
+        let step = Step::begin("Starting nats-server, Postgres and one of each binary");
+        let mut options = StackOptions::default().servers(ServerChoice::Own(Durability::Full));
+        options.bin_dir = Some(bin_dir);
+        let mut stack = Stack::start(options).await?;
+        let receiver = Receiver::start().await?;
+        let subscriptions = usize::from(self.subscriptions);
+        let arrived = Arc::new(Mutex::new(Arrived {
+            seen: vec![false; self.events * subscriptions],
+            distinct: 0,
+            repeated: 0,
+        }));
+        let api = self.set(&mut stack, &receiver, &arrived).await?;
+        step.done();
+
+        let total = self.events * subscriptions;
+        let step =
+            Step::begin(&format!("Publishing {} events for {subscriptions} subscriptions each", self.events));
+        let publishing = tokio::spawn(publish(api, self.events, subscriptions, Arc::clone(&arrived)));
+        let mut readings = Vec::new();
+        for tenth in 0..=10 {
+            let wanted = total * tenth / 10;
+            poll("the next tenth of the deliveries", DEADLINE, async || {
+                let distinct = lock(&arrived).distinct;
+                if publishing.is_finished() && distinct < wanted || distinct >= wanted {
+                    Ok(())
+                } else {
+                    Err(distinct)
+                }
+            })
+            .await?;
+            readings.push(read(&mut stack, lock(&arrived).distinct)?);
+        }
+        publishing.await??;
+        poll("every delivery", DEADLINE, async || {
+            let distinct = lock(&arrived).distinct;
+            if distinct == total { Ok(()) } else { Err(distinct) }
+        })
+        .await?;
+        step.done();
+
+        let pool = stack.owner_pool().await?;
+        let events: i64 = sqlx::query_scalar("SELECT count(*) FROM events").fetch_one(&pool).await?;
+        poll("history to have every attempt", DEADLINE, async || {
+            let attempts: i64 = sqlx::query_scalar("SELECT count(*) FROM delivery_attempts")
+                .fetch_one(&pool)
+                .await
+                .map_err(|error| error.to_string())?;
+            if usize::try_from(attempts).is_ok_and(|attempts| attempts >= total) {
+                Ok(())
+            } else {
+                Err(attempts.to_string())
+            }
+        })
+        .await?;
+        pool.close().await;
+        let growth = show(&readings);
+        let (distinct, repeated) = {
+            let arrived = lock(&arrived);
+            (arrived.distinct, arrived.repeated)
+        };
+        ui::line(paint(
+            STRONG,
+            format!(
+                "volume: events {events}, deliveries {distinct}, repeated {repeated}, lost {}; cost of a delivery in the last \
+                 tenth ÷ in the second {growth:.2}",
+                total - distinct
+            ),
+        ));
+        stack.shutdown().await?;
+        ensure!(usize::try_from(events)? == self.events, "not every event is stored once");
+        Ok(())
+    }
+
+    /// An organization with one connection and one subscription for each delivery of an event.
+    async fn set(&self, stack: &mut Stack, receiver: &Receiver, arrived: &Shared) -> Result<ApiClient> {
+        let admin = stack.admin(0)?;
+        let organization = admin.create_organization("volume").await?.require(201)?.id().to_owned();
+        let key = json!({ "name": "all", "scopes": ["publish", "subscribe", "read"] });
+        let key = admin.create_key(&organization, &key).await?.require(201)?;
+        let api = stack.client(0)?.with_token(key.text("/key"));
+        let subscriptions = usize::from(self.subscriptions);
+        for place in 0..subscriptions {
+            let path = format!("/{place}");
+            let arrived = Arc::clone(arrived);
+            let note = move |body: &[u8]| {
+                let event: Value = serde_json::from_slice(body).ok()?;
+                let n = usize::try_from(event.pointer("/data/n")?.as_u64()?).ok()?;
+                let mut arrived = lock(&arrived);
+                let seen = arrived.seen.get_mut(n * subscriptions + place)?;
+                let repeated = std::mem::replace(seen, true);
+                arrived.repeated += usize::from(repeated);
+                arrived.distinct += usize::from(!repeated);
+                Some(())
+            };
+            let script = Script::decided_by(move |request| match note(&request.body) {
+                Some(()) => Answer::ok(),
+                None => Answer::status(500),
+            });
+            receiver.script(&path, script);
+            let hook =
+                api.create_webhook(&format!("hook {place}"), &receiver.url(&path)).await?.require(201)?;
+            let wanted = json!({ "connectionId": hook.id(), "eventType": "volume.>" });
+            api.subscribe(&wanted).await?.require(201)?;
+        }
+        Ok(api)
+    }
+}
+
+fn lock(arrived: &Shared) -> std::sync::MutexGuard<'_, Arrived> {
+    arrived.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Publishes all events, never further ahead of the deliveries than [`AHEAD`].
+async fn publish(api: ApiClient, events: usize, subscriptions: usize, arrived: Shared) -> Result<()> {
+    let mut requests = JoinSet::new();
+    for first in (0..events).step_by(BATCH) {
+        poll("the deliveries to follow", DEADLINE, async || {
+            let behind = (first * subscriptions).saturating_sub(lock(&arrived).distinct);
+            if behind <= AHEAD { Ok(()) } else { Err(behind) }
+        })
+        .await?;
+        let event = |n: usize| json!({ "type": "volume.event", "data": { "n": n, "text": "x".repeat(256) } });
+        let batch: Vec<Value> = (first..events.min(first + BATCH)).map(event).collect();
+        let api = api.clone();
+        requests.spawn(async move { api.publish(&Value::from(batch)).await?.require(202).map(drop) });
+        while requests.len() >= REQUESTS {
+            requests.join_next().await.context("there is one")???;
+        }
+    }
+    while let Some(accepted) = requests.join_next().await {
+        accepted??;
+    }
+    Ok(())
+}
+
+fn read(stack: &mut Stack, deliveries: usize) -> Result<Reading> {
+    let mut processes = Vec::new();
+    for role in Role::ALL {
+        let id = stack.process(role, 0).id().context("it has ended")?;
+        processes.push((role.binary().to_owned(), id.pid));
+    }
+    processes.push(("nats-server".to_owned(), stack.nats().id().context("nats-server has ended")?.pid));
+    processes.push(("postgres".to_owned(), stack.postgres().id().context("Postgres has ended")?.pid));
+    let cost = processes.into_iter().map(|(name, pid)| {
+        // Of Postgres the memory of its first process: most of that of the others is shared.
+        Ok((name, resident_memory(pid)?, processor_time(pid)?))
+    });
+    Ok(Reading { deliveries, at: Instant::now(), processes: cost.collect::<Result<_>>()? })
+}
+
+/// Prints how it went; gives how much more a delivery cost in the last tenth than in the second, when everything is warm.
+fn show(readings: &[Reading]) -> f64 {
+    let mib = |bytes: u64| bytes / 1_048_576;
+    for pair in readings.windows(2) {
+        let (before, after) = (&pair[0], &pair[1]);
+        let deliveries = (after.deliveries - before.deliveries).max(1) as f64;
+        let rate = deliveries / after.at.duration_since(before.at).as_secs_f64();
+        ui::line(format!(
+            "{:>9} deliveries: {rate:>6.0}/s, {:>6.1} µs of processor time each; memory, MiB: {}",
+            after.deliveries,
+            cost(before, after),
+            after
+                .processes
+                .iter()
+                .map(|(name, memory, _)| format!("{name} {}", mib(*memory)))
+                .collect::<Vec<_>>()
+                .join(", ")
+        ));
+    }
+    match (readings.get(1..3), readings.get(readings.len().saturating_sub(2)..)) {
+        (Some([a, b]), Some([y, z])) => cost(y, z) / cost(a, b),
+        _ => f64::NAN,
+    }
+}
+
+/// Microseconds of processor time for each delivery between two readings, all processes together.
+fn cost(before: &Reading, after: &Reading) -> f64 {
+    let total =
+        |reading: &Reading| reading.processes.iter().map(|(_, _, time)| time.as_secs_f64()).sum::<f64>();
+    let deliveries = after.deliveries.saturating_sub(before.deliveries).max(1) as f64;
+    (total(after) - total(before)) * 1e6 / deliveries
+}
