@@ -34,6 +34,7 @@ use crate::{
     config::{Backend, Common, NotifyStrategy},
     ids::{ConnectionId, DeliveryId},
     nats::{Nats, NatsError},
+    peers::PeerRole,
     pg::StoreError,
 };
 
@@ -62,12 +63,19 @@ pub enum Hint {
     LanesChanged,
     /// Says nothing. Whoever announced it and hears it has heard all that was announced before; see [`Current`].
     Probe(Uuid),
+    /// A process is there; see [`Peers`](crate::peers::Peers).
+    Alive {
+        /// What it is.
+        role: PeerRole,
+        /// Which one.
+        instance: Uuid,
+    },
     /// Hints may have been lost: whatever was kept in memory on their strength is to be read again.
     Missed,
 }
 
 /// One line, the same on every transport: `connection <uuid>`, `closed <uuid>`, `cancelled <uuid>`, `due`,
-/// `enqueued`, `lanes`, `probe <uuid>`, `missed`.
+/// `enqueued`, `lanes`, `probe <uuid>`, `alive <role> <uuid>`, `missed`.
 impl fmt::Display for Hint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -78,6 +86,7 @@ impl fmt::Display for Hint {
             Self::Enqueued => f.write_str("enqueued"),
             Self::LanesChanged => f.write_str("lanes"),
             Self::Probe(id) => write!(f, "probe {id}"),
+            Self::Alive { role, instance } => write!(f, "alive {role} {instance}"),
             Self::Missed => f.write_str("missed"),
         }
     }
@@ -96,6 +105,10 @@ impl Hint {
             "enqueued" => Some(Self::Enqueued),
             "lanes" => Some(Self::LanesChanged),
             "probe" => words.next()?.parse().ok().map(Self::Probe),
+            "alive" => {
+                let role = PeerRole::parse(words.next()?)?;
+                words.next()?.parse().ok().map(|instance| Self::Alive { role, instance })
+            }
             "missed" => Some(Self::Missed),
             _ => None,
         }
@@ -205,12 +218,20 @@ mod tests {
             id.clone().prop_map(|id| Hint::ConnectionChanged(id.into())),
             id.clone().prop_map(|id| Hint::Closed(id.into())),
             id.clone().prop_map(|id| Hint::Cancelled(id.into())),
-            id.prop_map(Hint::Probe),
+            id.clone().prop_map(Hint::Probe),
+            id.prop_map(|instance| Hint::Alive { role: PeerRole::DeliveryWorker, instance }),
             Just(Hint::Due),
             Just(Hint::Enqueued),
             Just(Hint::LanesChanged),
             Just(Hint::Missed),
         ]
+    }
+
+    #[test]
+    fn what_a_later_version_says_is_no_hint() {
+        let id = Uuid::from_u128(1);
+        assert_eq!(Hint::parse(&format!("paused {id}")), None);
+        assert_eq!(Hint::parse(&format!("alive archiver {id}")), None);
     }
 
     proptest! {
@@ -222,8 +243,8 @@ mod tests {
         }
 
         #[test]
-        fn garbage_is_no_hint(line in "\\PC{0,80}", word in "connection|closed|cancelled|probe|due|paused|") {
-            let known = ["connection", "closed", "cancelled", "due", "enqueued", "lanes", "probe", "missed"];
+        fn garbage_is_no_hint(line in "\\PC{0,80}", word in "connection|closed|cancelled|probe|alive|due|paused|") {
+            let known = ["connection", "closed", "cancelled", "due", "enqueued", "lanes", "probe", "alive", "missed"];
             let read = Hint::parse(&line);
             prop_assert!(read.is_none() || known.contains(&line.split_whitespace().next().unwrap()));
             let _ = Hint::parse(&format!("{word} {line}"));

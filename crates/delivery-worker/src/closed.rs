@@ -156,7 +156,8 @@ impl ClosedDeliveries {
                 | Hint::Due
                 | Hint::Enqueued
                 | Hint::LanesChanged
-                | Hint::Probe(_) => {}
+                | Hint::Probe(_)
+                | Hint::Alive { .. } => {}
             }
         }
     }

@@ -133,7 +133,8 @@ impl Connections {
                 | Hint::Due
                 | Hint::Enqueued
                 | Hint::LanesChanged
-                | Hint::Probe(_) => {}
+                | Hint::Probe(_)
+                | Hint::Alive { .. } => {}
             }
         }
     }

@@ -22,6 +22,7 @@ use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     launcher::{BoxError, Ctx, Role},
+    peers::{PeerRole, Peers},
     pg,
     supervise::{self, Broker},
 };
@@ -41,6 +42,8 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
     let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let settings = &ctx.config.worker;
+    let (hints, stop) = (Arc::clone(&transport.hints), ctx.stop.clone());
+    let _peers = Peers::start(hints, PeerRole::DeliveryWorker, ctx.ids.next(), &ctx.tasks, stop);
     let homes = Homes::new(pool.clone(), ctx.common.lanes);
     let deliverer = Arc::new(Deliverer::start(Parts {
         pool,
