@@ -37,6 +37,7 @@ GRANT SELECT, INSERT, DELETE ON erasures TO bus_publisher;
 GRANT SELECT, INSERT ON audit_records TO bus_publisher;
 
 GRANT SELECT ON connections, subscriptions, events TO bus_worker;
+GRANT SELECT (id, lane) ON organizations TO bus_worker;
 GRANT EXECUTE ON FUNCTION disable_connection(uuid, uuid, bigint, text) TO bus_worker;
 GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_worker;
 GRANT SELECT, INSERT ON delivery_attempts TO bus_worker;
@@ -48,7 +49,7 @@ GRANT SELECT, INSERT, UPDATE ON delivery_queue TO bus_scheduler;
 -- Replays match again; nothing of that needs a connection's secret.
 GRANT SELECT, UPDATE ON replays TO bus_scheduler;
 GRANT SELECT ON subscriptions TO bus_scheduler;
-GRANT SELECT (id, version) ON organizations TO bus_scheduler;
+GRANT SELECT (id, version, lane) ON organizations TO bus_scheduler;
 GRANT SELECT (id, version, enabled, deleted_at) ON connections TO bus_scheduler;
 -- What is due becomes events, with their fan-out.
 GRANT SELECT, UPDATE, DELETE ON scheduled_events TO bus_scheduler;

@@ -59,6 +59,8 @@ words! {
     Action {
         /// An organization was created.
         OrganizationCreated = "organization.created",
+        /// An organization got another lane, or other limits.
+        OrganizationChanged = "organization.changed",
         /// A key was created.
         KeyCreated = "key.created",
         /// A key was revoked.

@@ -15,7 +15,7 @@ use crate::{
     ids::{ConnectionId, DeliveryId, EventUid, OrganizationId, OutboxId, SubscriptionId},
     matcher::{Candidate, Snapshot, Subject},
     pg::{self, NewEvent, StoreError},
-    queue::{Body, DeliveryQueue, Enqueue, QueueError},
+    queue::{Body, DeliveryQueue, Enqueue, QueueError, lane_of},
 };
 
 /// Deliveries that are handed to the queue at a time; bounds memory where an event has many targets.
@@ -72,6 +72,8 @@ pub struct FanOutEvent {
     pub uid: EventUid,
     /// Whose it is.
     pub organization: OrganizationId,
+    /// The lane that the organization has of its own.
+    pub lane: Option<u16>,
     /// Its bytes.
     pub body: Bytes,
     /// Where it goes.
@@ -79,10 +81,10 @@ pub struct FanOutEvent {
 }
 
 impl FanOutEvent {
-    /// The fan-out of an event; its matches are noted in it.
-    pub fn of(event: &mut NewEvent, targets: Vec<Target>) -> Self {
+    /// The fan-out of an event by its organization's lane; its matches are noted in it.
+    pub fn of(event: &mut NewEvent, lane: Option<u16>, targets: Vec<Target>) -> Self {
         event.subscriptions = targets.iter().map(|target| target.subscription).collect();
-        Self { uid: event.uid, organization: event.organization, body: event.body.clone(), targets }
+        Self { uid: event.uid, organization: event.organization, lane, body: event.body.clone(), targets }
     }
 
     fn deliveries(&self) -> impl Iterator<Item = DeliveryKey> + '_ {
@@ -127,14 +129,17 @@ impl FanOutStore {
         }
         if let Some(lanes) = self.queue_in_database {
             let mut keys = Vec::with_capacity(MAX_QUEUED);
-            for key in events.iter().flat_map(FanOutEvent::deliveries) {
-                keys.push((key, progress));
-                if keys.len() == MAX_QUEUED {
-                    pg::insert_queued(transaction, &keys, lanes).await?;
-                    keys.clear();
+            for event in &events {
+                let lane = lane_of(event.organization, event.lane, lanes);
+                for key in event.deliveries() {
+                    keys.push((key, progress, lane));
+                    if keys.len() == MAX_QUEUED {
+                        pg::insert_queued(transaction, &keys).await?;
+                        keys.clear();
+                    }
                 }
             }
-            pg::insert_queued(transaction, &keys, lanes).await?;
+            pg::insert_queued(transaction, &keys).await?;
             return Ok(None);
         }
         let uids: Vec<EventUid> = events.iter().map(|event| event.uid).collect();
@@ -158,7 +163,7 @@ impl FanOut {
         for event in &self.events {
             let body = Body::bounded(&event.body);
             for key in event.deliveries() {
-                chunks.push(key, &body).await?;
+                chunks.push(key, event.lane, &body).await?;
             }
         }
         chunks.finish().await
@@ -179,9 +184,9 @@ impl<'q> Chunks<'q> {
         Self { queue, progress, chunk: Vec::new() }
     }
 
-    /// One delivery more.
-    pub async fn push(&mut self, key: DeliveryKey, body: &Body) -> Result<(), QueueError> {
-        self.chunk.push(Enqueue { key, progress: self.progress, body: body.clone() });
+    /// One delivery more, and the lane that its organization has of its own.
+    pub async fn push(&mut self, key: DeliveryKey, lane: Option<u16>, body: &Body) -> Result<(), QueueError> {
+        self.chunk.push(Enqueue { key, progress: self.progress, lane, body: body.clone() });
         if self.chunk.len() == CHUNK { self.send().await } else { Ok(()) }
     }
 

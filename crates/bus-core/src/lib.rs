@@ -19,6 +19,7 @@ pub mod matcher;
 pub mod nats;
 pub mod notify;
 pub mod pattern;
+pub mod peers;
 pub mod pg;
 pub mod queue;
 pub mod receipt;

@@ -35,6 +35,8 @@ pub struct Snapshot {
     /// `organizations.version` from before the rows were read: it can only be older than they are, so
     /// that a change in between costs one reload and never a missed subscription.
     pub version: i64,
+    /// The organization's own lane, if it has one. Each change of it is a new version.
+    pub lane: Option<u16>,
     candidates: Vec<Candidate>,
     /// Exact types; the usual case costs one look-up however many subscriptions there are.
     exact: HashMap<Arc<str>, Vec<usize>>,
@@ -85,8 +87,8 @@ impl Payload<'_> {
 
 impl Snapshot {
     /// Indexes the subscriptions of one organization.
-    pub fn new(version: i64, candidates: Vec<Candidate>) -> Self {
-        let mut snapshot = Self { version, ..Self::default() };
+    pub fn new(version: i64, lane: Option<u16>, candidates: Vec<Candidate>) -> Self {
+        let mut snapshot = Self { version, lane, ..Self::default() };
         for (index, candidate) in candidates.iter().enumerate() {
             let pattern = &candidate.event_type;
             match pattern.first_token() {
@@ -186,7 +188,7 @@ mod tests {
         };
         let patterns =
             ["order.created", "order.created", "order.paid", "order.*", "order.>", "*.created", ">"];
-        let snapshot = Snapshot::new(1, patterns.into_iter().enumerate().map(candidate).collect());
+        let snapshot = Snapshot::new(1, None, patterns.into_iter().enumerate().map(candidate).collect());
         for (event_type, count) in [("order.created", 6), ("order.x.y", 4), ("order", 4), ("a.created", 2)] {
             assert_eq!(snapshot.candidates(event_type), count, "{event_type}");
             let subject = Subject { event_type, publisher: None, payload: None };

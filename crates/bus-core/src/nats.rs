@@ -1,6 +1,7 @@
 //! The connection to NATS, and the names of our streams and subjects.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -239,16 +240,18 @@ impl Nats {
         }
     }
 
-    /// The highest lane that a consumer was ever created for, if any.
-    pub async fn highest_lane(&self) -> Result<Option<u16>, NatsError> {
+    /// The lanes whose consumers have something to hand out, or have handed it out.
+    pub async fn lanes(&self) -> Result<BTreeSet<u16>, NatsError> {
         const OPERATION: &str = "list the consumers of the delivery stream";
         let stream = self.jetstream.get_stream_no_info(&self.names.deliver_stream).await.during(OPERATION)?;
-        let mut names = stream.consumer_names();
-        let mut highest = None;
-        while let Some(name) = names.next().await.transpose().during(OPERATION)? {
-            highest = highest.max(name.strip_prefix("lane-").and_then(|lane| lane.parse().ok()));
+        let mut consumers = stream.consumers();
+        let mut lanes = BTreeSet::new();
+        while let Some(consumer) = consumers.next().await.transpose().during(OPERATION)? {
+            if consumer.num_pending > 0 || consumer.num_ack_pending > 0 {
+                lanes.extend(consumer.name.strip_prefix("lane-").and_then(|lane| lane.parse::<u16>().ok()));
+            }
         }
-        Ok(highest)
+        Ok(lanes)
     }
 
     /// The durable consumer of one lane, created if it is missing.

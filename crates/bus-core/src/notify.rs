@@ -34,6 +34,7 @@ use crate::{
     config::{Backend, Common, NotifyStrategy},
     ids::{ConnectionId, DeliveryId},
     nats::{Nats, NatsError},
+    peers::PeerRole,
     pg::StoreError,
 };
 
@@ -58,14 +59,23 @@ pub enum Hint {
     Due,
     /// The queue of the Postgres backend has something new.
     Enqueued,
+    /// An organization was moved to another lane.
+    LanesChanged,
     /// Says nothing. Whoever announced it and hears it has heard all that was announced before; see [`Current`].
     Probe(Uuid),
+    /// A process is there; see [`Peers`](crate::peers::Peers).
+    Alive {
+        /// What it is.
+        role: PeerRole,
+        /// Which one.
+        instance: Uuid,
+    },
     /// Hints may have been lost: whatever was kept in memory on their strength is to be read again.
     Missed,
 }
 
 /// One line, the same on every transport: `connection <uuid>`, `closed <uuid>`, `cancelled <uuid>`, `due`,
-/// `enqueued`, `probe <uuid>`, `missed`.
+/// `enqueued`, `lanes`, `probe <uuid>`, `alive <role> <uuid>`, `missed`.
 impl fmt::Display for Hint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -74,7 +84,9 @@ impl fmt::Display for Hint {
             Self::Cancelled(id) => write!(f, "cancelled {id}"),
             Self::Due => f.write_str("due"),
             Self::Enqueued => f.write_str("enqueued"),
+            Self::LanesChanged => f.write_str("lanes"),
             Self::Probe(id) => write!(f, "probe {id}"),
+            Self::Alive { role, instance } => write!(f, "alive {role} {instance}"),
             Self::Missed => f.write_str("missed"),
         }
     }
@@ -91,7 +103,12 @@ impl Hint {
             "cancelled" => words.next()?.parse().ok().map(Self::Cancelled),
             "due" => Some(Self::Due),
             "enqueued" => Some(Self::Enqueued),
+            "lanes" => Some(Self::LanesChanged),
             "probe" => words.next()?.parse().ok().map(Self::Probe),
+            "alive" => {
+                let role = PeerRole::parse(words.next()?)?;
+                words.next()?.parse().ok().map(|instance| Self::Alive { role, instance })
+            }
             "missed" => Some(Self::Missed),
             _ => None,
         }
@@ -201,11 +218,20 @@ mod tests {
             id.clone().prop_map(|id| Hint::ConnectionChanged(id.into())),
             id.clone().prop_map(|id| Hint::Closed(id.into())),
             id.clone().prop_map(|id| Hint::Cancelled(id.into())),
-            id.prop_map(Hint::Probe),
+            id.clone().prop_map(Hint::Probe),
+            id.prop_map(|instance| Hint::Alive { role: PeerRole::DeliveryWorker, instance }),
             Just(Hint::Due),
             Just(Hint::Enqueued),
+            Just(Hint::LanesChanged),
             Just(Hint::Missed),
         ]
+    }
+
+    #[test]
+    fn what_a_later_version_says_is_no_hint() {
+        let id = Uuid::from_u128(1);
+        assert_eq!(Hint::parse(&format!("paused {id}")), None);
+        assert_eq!(Hint::parse(&format!("alive archiver {id}")), None);
     }
 
     proptest! {
@@ -217,8 +243,8 @@ mod tests {
         }
 
         #[test]
-        fn garbage_is_no_hint(line in "\\PC{0,80}", word in "connection|closed|cancelled|probe|due|paused|") {
-            let known = ["connection", "closed", "cancelled", "due", "enqueued", "probe", "missed"];
+        fn garbage_is_no_hint(line in "\\PC{0,80}", word in "connection|closed|cancelled|probe|alive|due|paused|") {
+            let known = ["connection", "closed", "cancelled", "due", "enqueued", "lanes", "probe", "alive", "missed"];
             let read = Hint::parse(&line);
             prop_assert!(read.is_none() || known.contains(&line.split_whitespace().next().unwrap()));
             let _ = Hint::parse(&format!("{word} {line}"));

@@ -163,8 +163,8 @@ async fn a_delivery_that_is_twice_in_one_batch_counts_once_with_its_later_turn()
     assert!(due.iter().any(|due| due.key == first.key && due.progress == again.next));
 
     let mut connection = pool.acquire().await.unwrap();
-    let twice = [(first.key, first.next), (again.key, again.next), (first.key, first.next)];
-    pg::insert_queued(&mut connection, &twice, 1).await.unwrap();
+    let twice = [(first.key, first.next, 0), (again.key, again.next, 0), (first.key, first.next, 0)];
+    pg::insert_queued(&mut connection, &twice).await.unwrap();
     let turns: Vec<i64> =
         sqlx::query_scalar("SELECT turn FROM delivery_queue").fetch_all(&pool).await.unwrap();
     assert_eq!(turns, [again.next.turn]);

@@ -102,7 +102,7 @@ impl<'f> ClaimedEvents<'f> {
         pg::remove_scheduled(&mut transaction, &uids).await?;
         counter!("bus_scheduled_events_published").increment(uids.len() as u64);
         debug!(events = uids.len(), "Events are due");
-        firing.store(transaction, matched).await
+        firing.store(transaction, &snapshots, matched).await
     }
 
     async fn publish(self) -> Result<(), StoreError> {

@@ -80,17 +80,19 @@ impl Firing {
         Ok(snapshots)
     }
 
-    /// Stores events with their fan-out, in the transaction that claimed them.
+    /// Stores events with their fan-out by these snapshots, in the transaction that claimed them.
     pub(crate) async fn store(
         &self,
         mut transaction: Transaction<'static, Postgres>,
+        snapshots: &HashMap<OrganizationId, Arc<Snapshot>>,
         matched: Vec<(NewEvent, Vec<Target>)>,
     ) -> Result<Stored<'_>, StoreError> {
         let progress = Progress::new(self.clock.now());
         let (mut events, mut fan_outs) =
             (Vec::with_capacity(matched.len()), Vec::with_capacity(matched.len()));
         for (mut event, targets) in matched {
-            fan_outs.push(FanOutEvent::of(&mut event, targets));
+            let lane = snapshots.get(&event.organization).and_then(|snapshot| snapshot.lane);
+            fan_outs.push(FanOutEvent::of(&mut event, lane, targets));
             events.push(event);
         }
         if !events.is_empty() {

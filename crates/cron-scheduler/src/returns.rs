@@ -31,7 +31,8 @@ pub async fn return_due(pool: &PgPool, queue: &dyn DeliveryQueue) -> Result<Dura
     for due in &due {
         match &due.body {
             Ok(body) => {
-                deliveries.push(Enqueue { key: due.key, progress: due.progress, body: body.clone() });
+                let (key, progress, lane) = (due.key, due.progress, due.lane);
+                deliveries.push(Enqueue { key, progress, lane, body: body.clone() });
             }
             Err(reason) => {
                 let gone = DeadLetter::new(due.key, due.progress, *reason);

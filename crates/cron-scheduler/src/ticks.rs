@@ -138,7 +138,7 @@ impl<'f> ClaimedSchedules<'f> {
         if !visits.is_empty() {
             pg::note_visits(&mut transaction, &visits).await?;
         }
-        firing.store(transaction, matched).await
+        firing.store(transaction, &snapshots, matched).await
     }
 
     async fn publish(self) -> Result<(), StoreError> {

@@ -152,7 +152,12 @@ impl ClosedDeliveries {
                     complete = complete || self.read_again(&mut read_at).await;
                     self.current.heard(probe, complete);
                 }
-                Hint::ConnectionChanged(_) | Hint::Due | Hint::Enqueued | Hint::Probe(_) => {}
+                Hint::ConnectionChanged(_)
+                | Hint::Due
+                | Hint::Enqueued
+                | Hint::LanesChanged
+                | Hint::Probe(_)
+                | Hint::Alive { .. } => {}
             }
         }
     }

@@ -128,7 +128,13 @@ impl Connections {
                 Hint::Missed => {
                     self.epoch.fetch_add(1, Ordering::AcqRel);
                 }
-                Hint::Closed(_) | Hint::Cancelled(_) | Hint::Due | Hint::Enqueued | Hint::Probe(_) => {}
+                Hint::Closed(_)
+                | Hint::Cancelled(_)
+                | Hint::Due
+                | Hint::Enqueued
+                | Hint::LanesChanged
+                | Hint::Probe(_)
+                | Hint::Alive { .. } => {}
             }
         }
     }

@@ -11,10 +11,11 @@ use bus_core::{
     lifecycle::State,
     notify::{Hint, Notifier},
     pg::{self, DeadLetter, LastAttempt, Park},
-    queue::{Body, DeliveryQueue, Leased},
+    queue::{Body, DeliveryQueue, Enqueue, Leased},
     receipt::{Receipt, ReceiptOutcome},
     retry::{DeadReason, Rules, Standing, Verdict, verdict},
     sink::{AttemptReport, Outcome, Parcel, Sink},
+    telemetry::Chain,
 };
 use bytes::Bytes;
 use futures::future::join_all;
@@ -32,6 +33,7 @@ use crate::{
     config::LoopConfig,
     connections::Connections,
     hold::{HANDED_OVER, Hold},
+    lanes::Homes,
     parking::Parking,
     patience::{Patience, held_during},
     receipts::Receipts,
@@ -57,6 +59,8 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// New ids.
     pub ids: Arc<dyn Ids>,
+    /// Which organizations have a lane of their own.
+    pub homes: Homes,
     /// In `0.0..1.0`; chooses the jitter.
     pub random: fn() -> f64,
     /// For what runs beside the deliveries.
@@ -133,7 +137,7 @@ impl Deliverer {
     /// Brings a delivery to its end, or to others of its batch whose task does. At a stop it may be left to the
     /// queue, which hands it out again.
     pub async fn deliver(&self, leased: Leased, slot: OwnedSemaphorePermit) {
-        let Leased { key, progress, handed_out, wait, body, lease } = leased;
+        let Leased { key, progress, lane, handed_out, wait, body, lease } = leased;
         let hold = Hold::new(key, lease, self.parts.lease);
         if let Some(wait) = wait {
             let park = Park {
@@ -144,6 +148,11 @@ impl Deliverer {
                 last: LastAttempt::default(),
             };
             return self.parking.park(park, hold).await;
+        }
+        if let Some(home) = self.parts.homes.elsewhere(key.organization, lane).await
+            && self.moved(home, &hold, progress, handed_out, &body).await
+        {
+            return hold.ack().await;
         }
         let prepared = if handed_out > self.parts.settings.max_handed_out {
             Some(Err(DeadReason::RedeliveredTooOften))
@@ -179,6 +188,34 @@ impl Deliverer {
                     in_hand.iter().map(|one| &one.receiver).max_by_key(|known| known.connection.version);
                 let receiver = latest.map_or(receiver, Arc::clone);
                 self.attempt_wanted(&receiver, true, batch.deliveries, in_hand).await;
+            }
+        }
+    }
+
+    /// Enters a delivery in the lane in which it belongs, as its next turn: with the same turn the queue would take it
+    /// for a repetition. False if it has to be delivered where it is. So a queue that is full, and takes nothing more, is
+    /// emptied all the same.
+    async fn moved(&self, lane: u16, hold: &Hold, progress: Progress, handed_out: u32, body: &Body) -> bool {
+        let key = hold.key;
+        if handed_out > 1 {
+            // Whoever had it before may have delivered it in this turn; of the next one that is not known.
+            let turn = Turn { key, progress, handed_out, age: self.age(progress) };
+            match self.closed.overruled(&[turn]).await {
+                Ok(overruled) if !overruled.contains(&true) => {}
+                _ => return false,
+            }
+        }
+        let next = progress.next(progress.attempts);
+        let delivery = Enqueue { key, progress: next, lane: Some(lane), body: body.clone() };
+        let entered = held_during(&[hold], self.parts.queue.enqueue(std::slice::from_ref(&delivery))).await;
+        match entered {
+            Ok(()) => {
+                counter!("bus_deliveries_moved").increment(1);
+                true
+            }
+            Err(failed) => {
+                debug!(delivery.id = %key.id, error = %Chain(&failed), "Not moved to its lane");
+                false
             }
         }
     }

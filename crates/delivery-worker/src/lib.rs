@@ -12,6 +12,7 @@ pub mod connector;
 pub mod delivery;
 mod hold;
 pub mod lane;
+pub mod lanes;
 mod parking;
 mod patience;
 mod receipts;
@@ -21,6 +22,7 @@ use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     launcher::{BoxError, Ctx, Role},
+    peers::{PeerRole, Peers},
     pg,
     supervise::{self, Broker},
 };
@@ -28,7 +30,7 @@ use bus_core::{
 use crate::{
     config::WorkerConfig,
     delivery::{Deliverer, Parts},
-    lane::Lane,
+    lanes::{Homes, Lanes},
     webhook::WebhookSink,
 };
 
@@ -40,6 +42,9 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
     let pool = pg::pool(&ctx.common.postgres, ctx.role.name)?;
     let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let settings = &ctx.config.worker;
+    let (hints, stop) = (Arc::clone(&transport.hints), ctx.stop.clone());
+    let _peers = Peers::start(hints, PeerRole::DeliveryWorker, ctx.ids.next(), &ctx.tasks, stop);
+    let homes = Homes::new(pool.clone(), ctx.common.lanes);
     let deliverer = Arc::new(Deliverer::start(Parts {
         pool,
         queue: Arc::clone(&transport.queue),
@@ -50,24 +55,23 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
         longest_gathering: ctx.config.longest_gathering(&ctx.common),
         clock: Arc::clone(&ctx.clock),
         ids: Arc::clone(&ctx.ids),
+        homes: homes.clone(),
         random: rand::random::<f64>,
         tasks: ctx.tasks.clone(),
         stop: ctx.stop.clone(),
     }));
-    let lanes = transport.queue.lanes().await?;
-    for number in 0..lanes {
-        let lane = Lane {
-            number,
-            in_flight: (settings.in_flight / usize::from(lanes)).max(1),
-            queue: Arc::clone(&transport.queue),
-            deliverer: Arc::clone(&deliverer),
-            tasks: ctx.tasks.clone(),
-            beat: ctx.health.heartbeat(format!("lane {number}"), lane::PULL_WAIT * 15),
-            stop: ctx.stop.clone(),
-        };
-        ctx.spawn("lane", lane.run());
-    }
-    drop(deliverer);
+    let lanes = Lanes {
+        queue: Arc::clone(&transport.queue),
+        hints: Arc::clone(&transport.hints),
+        homes,
+        in_flight: (settings.in_flight / usize::from(ctx.common.lanes)).max(1),
+        ttl: Duration::from_secs(settings.connection_ttl_s),
+        deliverer,
+        tasks: ctx.tasks.clone(),
+        health: ctx.health.clone(),
+        stop: ctx.stop.clone(),
+    };
+    ctx.spawn("lanes", lanes.run());
     ctx.stop.cancelled().await;
     ctx.tasks.close();
     ctx.tasks.wait().await;

@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
+
 use bus_core::{
     ids::{DeliveryId, EventUid, SubscriptionId},
     nats::NatsError,
@@ -72,7 +74,7 @@ impl DeliveryQueue for Refusing {
         unreachable!()
     }
 
-    async fn lanes(&self) -> Result<u16, QueueError> {
+    async fn lanes(&self) -> Result<BTreeSet<u16>, QueueError> {
         unreachable!()
     }
 

@@ -27,6 +27,7 @@ use bytes::Bytes;
 use delivery_worker::{
     config::WorkerConfig,
     delivery::{Deliverer, Parts},
+    lanes::Homes,
 };
 use devkit::{database::Database, servers::shared_servers, wait_until};
 use futures::{StreamExt as _, stream::BoxStream};
@@ -140,6 +141,7 @@ impl Scene {
             longest_gathering: Duration::ZERO,
             clock: Arc::new(SystemClock),
             ids: Arc::new(SystemIds),
+            homes: Homes::new(pool_of_worker.clone(), 1),
             random: || 0.0,
             tasks: TaskTracker::new(),
             stop: stop.clone(),
@@ -182,7 +184,7 @@ impl Scene {
         };
         let progress = Progress::new(SystemClock.now());
         let body = Body::Inline(Bytes::from_static(b"{}"));
-        self.queue.enqueue(&[Enqueue { key, progress, body }]).await.unwrap();
+        self.queue.enqueue(&[Enqueue { key, progress, lane: None, body }]).await.unwrap();
         (event, key.id)
     }
 

@@ -108,6 +108,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         replays_per_second: ctx.config.replay.per_second,
         payload_access: ctx.config.audit.payload_access,
         max_body_bytes: publish.max_body_bytes,
+        lanes: ctx.common.lanes,
         clock: Arc::clone(&ctx.clock),
         ids: Arc::clone(&ctx.ids),
     });

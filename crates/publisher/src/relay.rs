@@ -86,7 +86,7 @@ impl Relay {
             let mut chunks = Chunks::new(self.queue.as_ref(), Progress::new(self.clock.now()));
             for event in pg::load_fan_out(&self.pool, events).await? {
                 for key in &event.deliveries {
-                    chunks.push(*key, &event.body).await?;
+                    chunks.push(*key, event.lane, &event.body).await?;
                     self.beat.beat();
                 }
             }

@@ -44,6 +44,8 @@ pub struct Inner {
     pub payload_access: bool,
     /// The most bytes of a request's body.
     pub max_body_bytes: usize,
+    /// The lanes that are configured.
+    pub lanes: u16,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// New ids.

@@ -29,7 +29,13 @@ async fn every_change_leaves_one_record() {
         watch.left("createOrganization", &reply, Actor::Admin, ("organization.created", "organization", &id));
     let record = record.await;
     assert_eq!(record.organization_id.map(|id| id.to_string()), Some(id.clone()));
-    assert_eq!(record.after, Some(json!({ "id": id, "name": "one" })));
+    assert_eq!(record.after, Some(json!({ "id": id, "name": "one", "lane": null })));
+    let path = format!("/v1/admin/organizations/{id}/lane");
+    let reply = bus.admin.put(&path, json!({ "lane": "own" })).await.expect(200);
+    let changed = ("organization.changed", "organization", id.as_str());
+    let record = watch.left("setLane", &reply, Actor::Admin, changed).await;
+    assert_eq!(record.before, Some(json!({ "id": id, "name": "one", "lane": null })));
+    assert_eq!(record.after, Some(json!({ "id": id, "name": "one", "lane": reply.body["lane"] })));
 
     let tenant = bus.tenant("acme").await;
     let (api, actor) = key(&bus, &tenant, EVERYTHING, None).await;

@@ -64,6 +64,7 @@ fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>
             (format!("/v1/audit?keyId={key}"), None, EmptyList),
         ],
         "getOrganization" => vec![(organization, None, NotFound)],
+        "setLane" => vec![(format!("{organization}/lane"), Some(json!({ "lane": "own" })), Forbidden)],
         "createKey" => {
             let new = json!({ "name": "x", "scopes": ["read"] });
             vec![(format!("{organization}/keys"), Some(new), NotFound)]

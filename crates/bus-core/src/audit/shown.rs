@@ -18,7 +18,7 @@ use crate::{
 };
 
 pub(crate) fn organization(organization: &Organization) -> Value {
-    json!({ "id": organization.id, "name": organization.name })
+    json!({ "id": organization.id, "name": organization.name, "lane": organization.lane })
 }
 
 /// Neither the key nor its hash is part of an [`ApiKey`].

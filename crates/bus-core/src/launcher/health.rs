@@ -28,7 +28,8 @@ struct State {
 
 #[derive(Debug)]
 struct Beat {
-    last: Arc<Mutex<Instant>>,
+    /// None once the loop has ended as it should.
+    last: Arc<Mutex<Option<Instant>>>,
     limit: Duration,
 }
 
@@ -45,12 +46,17 @@ impl Condition {
 
 /// One loop's sign of life.
 #[derive(Debug, Clone)]
-pub struct Heartbeat(Arc<Mutex<Instant>>);
+pub struct Heartbeat(Arc<Mutex<Option<Instant>>>);
 
 impl Heartbeat {
     /// The loop has turned.
     pub fn beat(&self) {
-        *lock(&self.0) = Instant::now();
+        *lock(&self.0) = Some(Instant::now());
+    }
+
+    /// The loop has come to its end, as it should: nothing is expected of it any more.
+    pub fn end(&self) {
+        *lock(&self.0) = None;
     }
 }
 
@@ -71,7 +77,7 @@ impl Health {
 
     /// Adds a loop that turns at least once in `limit`, whatever the database and the broker do.
     pub fn heartbeat(&self, name: impl AsRef<str>, limit: Duration) -> Heartbeat {
-        let last = Arc::new(Mutex::new(Instant::now()));
+        let last = Arc::new(Mutex::new(Some(Instant::now())));
         let beat = Beat { last: last.clone(), limit };
         lock(&self.state.heartbeats).insert(self.named(name.as_ref()), beat);
         Heartbeat(last)
@@ -99,7 +105,7 @@ impl Health {
     pub fn stuck(&self) -> Vec<String> {
         lock(&self.state.heartbeats)
             .iter()
-            .filter(|(_, beat)| lock(&beat.last).elapsed() > beat.limit)
+            .filter(|(_, beat)| lock(&beat.last).is_some_and(|last| last.elapsed() > beat.limit))
             .map(|(name, _)| name.clone())
             .collect()
     }
@@ -147,5 +153,7 @@ mod tests {
         assert!(health.stuck().is_empty());
         tokio::time::advance(Duration::from_secs(2)).await;
         assert_eq!(health.stuck(), ["relay"]);
+        beat.end();
+        assert!(health.stuck().is_empty(), "it is not to turn any more");
     }
 }

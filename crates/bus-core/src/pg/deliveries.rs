@@ -11,7 +11,9 @@ use serde_json::json;
 use sqlx::{PgConnection, PgPool, Row as _, postgres::PgRow};
 use uuid::Uuid;
 
-use super::{During as _, StoreError, audit, organizations::lock_organization, publish::seconds, storable};
+use super::{
+    During as _, StoreError, audit, organizations::lock_organization, publish::seconds, storable, stored_lane,
+};
 use crate::{
     audit::{Action, By, Change, TargetKind},
     delivery::{DeliveryKey, Progress},
@@ -58,6 +60,8 @@ pub struct Due {
     pub key: DeliveryKey,
     /// How far it has come.
     pub progress: Progress,
+    /// The lane that its organization has of its own.
+    pub lane: Option<u16>,
     /// The event's bytes, as far as the queue carries them, or why there are none any more.
     pub body: Result<Body, DeadReason>,
 }
@@ -152,7 +156,8 @@ pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due
              RETURNING p.*
          )
          SELECT t.*, (SELECT e.expunged_at IS NOT NULL FROM events e WHERE e.uid = t.event_uid) AS expunged,
-                (SELECT e.body FROM events e WHERE e.uid = t.event_uid AND octet_length(e.body) <= $3) AS body
+                (SELECT e.body FROM events e WHERE e.uid = t.event_uid AND octet_length(e.body) <= $3) AS body,
+                (SELECT o.lane FROM organizations o WHERE o.id = t.organization_id) AS lane
          FROM taken t ORDER BY t.due_at, t.delivery_id",
     )
     .bind(i64::from(limit))
@@ -171,7 +176,8 @@ fn due(row: &PgRow) -> Result<Due, sqlx::Error> {
         Some(true) => Err(DeadReason::Expunged),
         Some(false) => Ok(body.map_or(Body::Stored, |body| Body::Inline(body.into()))),
     };
-    Ok(Due { key: key(row)?, progress: progress(row)?, body })
+    let lane = row.try_get::<Option<i16>, _>("lane")?.and_then(stored_lane);
+    Ok(Due { key: key(row)?, progress: progress(row)?, lane, body })
 }
 
 /// The key in a row with the columns of `delivery_states` or `delivery_queue`.

@@ -178,6 +178,11 @@ fn storable(text: &str) -> String {
     text.replace('\0', "\u{fffd}")
 }
 
+/// A lane as it is stored.
+fn stored_lane(lane: i16) -> Option<u16> {
+    u16::try_from(lane).ok()
+}
+
 /// Which of these roles (see [`pool`]) have a connection to this database now. One that connects through a
 /// pooler may be missing.
 pub async fn connected_roles(pool: &PgPool, roles: &[&str]) -> Result<Vec<String>, StoreError> {

@@ -1,10 +1,12 @@
 //! Organizations, and the row lock that orders the changes inside one.
 
+use std::collections::HashMap;
+
 use jiff::Timestamp;
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool, Postgres, Transaction};
 use uuid::Uuid;
 
-use super::{During as _, StoreError, audit};
+use super::{During as _, StoreError, audit, stored_lane};
 use crate::{
     audit::{Action, By, Change, TargetKind, shown},
     ids::OrganizationId,
@@ -17,6 +19,8 @@ pub struct Organization {
     pub id: OrganizationId,
     /// Unique among all organizations.
     pub name: String,
+    /// The lane that its deliveries have instead of the one that its id falls on.
+    pub lane: Option<u16>,
     /// When it was created.
     pub created_at: Timestamp,
 }
@@ -75,12 +79,18 @@ impl<T> Paged<T> {
 struct OrganizationRow {
     id: Uuid,
     name: String,
+    lane: Option<i16>,
     created_at: jiff_sqlx::Timestamp,
 }
 
 impl From<OrganizationRow> for Organization {
     fn from(row: OrganizationRow) -> Self {
-        Self { id: OrganizationId(row.id), name: row.name, created_at: row.created_at.to_jiff() }
+        Self {
+            id: OrganizationId(row.id),
+            name: row.name,
+            lane: row.lane.and_then(stored_lane),
+            created_at: row.created_at.to_jiff(),
+        }
     }
 }
 
@@ -95,7 +105,7 @@ pub async fn create_organization(
     let row: Option<OrganizationRow> = sqlx::query_as(
         "INSERT INTO organizations (id, name) VALUES ($1, $2)
          ON CONFLICT (name) DO NOTHING
-         RETURNING id, name, created_at",
+         RETURNING id, name, lane, created_at",
     )
     .bind(id.0)
     .bind(name)
@@ -114,7 +124,7 @@ pub async fn create_organization(
 /// The organization of that id.
 pub async fn organization(pool: &PgPool, id: OrganizationId) -> Result<Option<Organization>, StoreError> {
     let row: Option<OrganizationRow> =
-        sqlx::query_as("SELECT id, name, created_at FROM organizations WHERE id = $1")
+        sqlx::query_as("SELECT id, name, lane, created_at FROM organizations WHERE id = $1")
             .bind(id.0)
             .fetch_optional(pool)
             .await
@@ -124,14 +134,135 @@ pub async fn organization(pool: &PgPool, id: OrganizationId) -> Result<Option<Or
 
 /// The organizations, oldest first.
 pub async fn organizations(pool: &PgPool, page: PageRequest) -> Result<Paged<Organization>, StoreError> {
-    let rows: Vec<OrganizationRow> =
-        sqlx::query_as("SELECT id, name, created_at FROM organizations WHERE id > $1 ORDER BY id LIMIT $2")
-            .bind(page.bound())
-            .bind(page.rows())
-            .fetch_all(pool)
-            .await
-            .during("list organizations")?;
+    let rows: Vec<OrganizationRow> = sqlx::query_as(
+        "SELECT id, name, lane, created_at FROM organizations WHERE id > $1 ORDER BY id LIMIT $2",
+    )
+    .bind(page.bound())
+    .bind(page.rows())
+    .fetch_all(pool)
+    .await
+    .during("list organizations")?;
     Ok(Paged::cut(rows.into_iter().map(Organization::from).collect(), page, |item| item.id.0))
+}
+
+/// The highest number that a lane may have.
+pub const HIGHEST_LANE: u16 = 255;
+
+/// Which lane an organization is to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WantedLane {
+    /// The one that its id falls on.
+    Shared,
+    /// The lowest one that is neither configured, so that no id falls on it, nor another organization's.
+    Own,
+    /// This one.
+    Number(u16),
+}
+
+/// What [`set_lane`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SetLane {
+    /// It has that lane now.
+    Set(Organization),
+    /// There is no such organization.
+    NotFound,
+    /// Every lane that is not configured is somebody's.
+    NoneFree,
+}
+
+/// Gives an organization another lane of the queue, where `lanes` are configured. Events that are published from now
+/// on go there; what is queued already is moved by the workers, to whom a [hint](crate::notify::Hint::LanesChanged) is
+/// the caller's to send.
+pub async fn set_lane(
+    pool: &PgPool,
+    id: OrganizationId,
+    wanted: WantedLane,
+    lanes: u16,
+    by: &By,
+) -> Result<SetLane, StoreError> {
+    const OPERATION: &str = "give an organization a lane";
+    /// Names the choice of a lane among all advisory locks of the database.
+    const CHOICE: i64 = 0x6c61_6e65;
+    let mut transaction = pool.begin().await.during(OPERATION)?;
+    // Two that look for a free one at a time would find the same.
+    sqlx::query("SELECT pg_advisory_xact_lock($1)")
+        .bind(CHOICE)
+        .execute(&mut *transaction)
+        .await
+        .during(OPERATION)?;
+    if !lock_organization(&mut transaction, id).await? {
+        return Ok(SetLane::NotFound);
+    }
+    let lane = match wanted {
+        WantedLane::Shared => None,
+        WantedLane::Number(lane) => Some(stored(lane)),
+        WantedLane::Own => {
+            // If it has one already, that is it.
+            let free: Option<i16> = sqlx::query_scalar(
+                "SELECT n::smallint FROM generate_series($2::int, $3::int) AS n
+                 WHERE NOT EXISTS (SELECT FROM organizations o WHERE o.lane = n AND o.id <> $1)
+                 ORDER BY NOT EXISTS (SELECT FROM organizations o WHERE o.lane = n AND o.id = $1), n LIMIT 1",
+            )
+            .bind(id.0)
+            .bind(i32::from(lanes))
+            .bind(i32::from(HIGHEST_LANE))
+            .fetch_optional(&mut *transaction)
+            .await
+            .during(OPERATION)?;
+            let Some(free) = free else { return Ok(SetLane::NoneFree) };
+            Some(free)
+        }
+    };
+    let before = read(&mut transaction, id).await?;
+    if before.lane.map(stored) != lane {
+        sqlx::query("UPDATE organizations SET lane = $2, version = version + 1 WHERE id = $1")
+            .bind(id.0)
+            .bind(lane)
+            .execute(&mut *transaction)
+            .await
+            .during(OPERATION)?;
+    }
+    Ok(SetLane::Set(record_change(transaction, before, by).await?))
+}
+
+fn stored(lane: u16) -> i16 {
+    i16::try_from(lane).unwrap_or(i16::MAX)
+}
+
+async fn read(transaction: &mut PgConnection, id: OrganizationId) -> Result<Organization, StoreError> {
+    let row: OrganizationRow =
+        sqlx::query_as("SELECT id, name, lane, created_at FROM organizations WHERE id = $1")
+            .bind(id.0)
+            .fetch_one(transaction)
+            .await
+            .during("read an organization")?;
+    Ok(row.into())
+}
+
+/// Commits, with a record if the organization is another than before.
+async fn record_change(
+    mut transaction: Transaction<'_, Postgres>,
+    before: Organization,
+    by: &By,
+) -> Result<Organization, StoreError> {
+    let after = read(&mut transaction, before.id).await?;
+    if after != before {
+        let change = Change::new(Action::OrganizationChanged, TargetKind::Organization, after.id);
+        let change = change.before(shown::organization(&before)).after(shown::organization(&after));
+        audit::record(&mut transaction, by, Some(after.id), change).await?;
+    }
+    transaction.commit().await.during("commit a change of an organization")?;
+    Ok(after)
+}
+
+/// The organizations that have a lane of their own, and which.
+pub async fn assigned_lanes(pool: &PgPool) -> Result<HashMap<OrganizationId, u16>, StoreError> {
+    let rows: Vec<(Uuid, i16)> = sqlx::query_as("SELECT id, lane FROM organizations WHERE lane IS NOT NULL")
+        .fetch_all(pool)
+        .await
+        .during("read which organizations have a lane of their own")?;
+    let assigned = rows.into_iter().filter_map(|(id, lane)| Some((OrganizationId(id), stored_lane(lane)?)));
+    Ok(assigned.collect())
 }
 
 /// Takes the organization's row lock, which orders all changes of its connections, subscriptions and

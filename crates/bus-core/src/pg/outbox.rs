@@ -8,7 +8,7 @@ use std::{collections::HashMap, time::Duration};
 use sqlx::{PgPool, Row as _};
 use uuid::Uuid;
 
-use super::{During as _, StoreError, publish::seconds};
+use super::{During as _, StoreError, publish::seconds, stored_lane};
 use crate::{
     delivery::DeliveryKey,
     fanout::Target,
@@ -130,6 +130,8 @@ pub async fn outbox_age(pool: &PgPool) -> Result<f64, StoreError> {
 pub struct StoredFanOut {
     /// The event's bytes, as far as the queue carries them.
     pub body: Body,
+    /// The lane that its organization has of its own.
+    pub lane: Option<u16>,
     /// Its deliveries.
     pub deliveries: Vec<DeliveryKey>,
 }
@@ -141,9 +143,10 @@ pub async fn load_fan_out(pool: &PgPool, events: &[EventUid]) -> Result<Vec<Stor
     let uids: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
     let events = sqlx::query(
         // Of an event that was expunged there is nothing to carry: whoever reads it from the store is told.
-        "SELECT uid, organization_id, subscriptions,
-                CASE WHEN octet_length(body) <= $2 AND expunged_at IS NULL THEN body END AS body
-         FROM events WHERE uid = ANY($1) ORDER BY uid",
+        "SELECT e.uid, e.organization_id, e.subscriptions, o.lane,
+                CASE WHEN octet_length(e.body) <= $2 AND e.expunged_at IS NULL THEN e.body END AS body
+         FROM events e JOIN organizations o ON o.id = e.organization_id
+         WHERE e.uid = ANY($1) ORDER BY e.uid",
     )
     .bind(&uids)
     .bind(i32::try_from(MAX_INLINE).unwrap_or(i32::MAX))
@@ -188,5 +191,6 @@ fn fan_out(
             Some(target.delivery(event, organization))
         })
         .collect();
-    Ok(StoredFanOut { body: body.map_or(Body::Stored, |body| Body::Inline(body.into())), deliveries })
+    let lane = row.try_get::<Option<i16>, _>("lane")?.and_then(stored_lane);
+    Ok(StoredFanOut { body: body.map_or(Body::Stored, |body| Body::Inline(body.into())), lane, deliveries })
 }

@@ -298,20 +298,18 @@ pub async fn insert_outbox(
     Ok(())
 }
 
-/// Puts deliveries into the queue table of the Postgres backend. Those that are there already stay, unless
-/// this is a later turn. None is fine.
+/// Puts deliveries into the queue table of the Postgres backend, each into its lane. Those that are there already
+/// stay, unless this is a later turn. None is fine.
 pub async fn insert_queued(
     connection: &mut PgConnection,
-    deliveries: &[(DeliveryKey, Progress)],
-    lanes: u16,
+    deliveries: &[(DeliveryKey, Progress, u16)],
 ) -> Result<(), StoreError> {
     if deliveries.is_empty() {
         return Ok(());
     }
-    let each = |f: fn(&DeliveryKey) -> Uuid| deliveries.iter().map(|(key, _)| f(key)).collect::<Vec<_>>();
-    let lane = |key: &DeliveryKey| i16::try_from(key.organization.lane(lanes)).unwrap_or(i16::MAX);
+    let each = |f: fn(&DeliveryKey) -> Uuid| deliveries.iter().map(|(key, ..)| f(key)).collect::<Vec<_>>();
     let since: Vec<jiff_sqlx::Timestamp> =
-        deliveries.iter().map(|(_, progress)| progress.since.into()).collect();
+        deliveries.iter().map(|(_, progress, _)| progress.since.into()).collect();
     sqlx::query(
         "INSERT INTO delivery_queue AS q (delivery_id, lane, event_uid, organization_id, subscription_id, connection_id,
                                           connection_version, attempts, turn, since, visible_at)
@@ -323,20 +321,20 @@ pub async fn insert_queued(
                ORDER BY d, t DESC) AS once
          ORDER BY place
          ON CONFLICT (delivery_id) DO UPDATE
-             SET attempts = excluded.attempts, turn = excluded.turn, since = excluded.since, handed_out = 0,
+             SET lane = excluded.lane, attempts = excluded.attempts, turn = excluded.turn, since = excluded.since, handed_out = 0,
                  connection_version = excluded.connection_version, visible_at = excluded.visible_at,
                  lease_token = NULL
              WHERE q.turn < excluded.turn",
     )
     .bind(each(|key| key.id.0))
-    .bind(deliveries.iter().map(|(key, _)| lane(key)).collect::<Vec<_>>())
+    .bind(deliveries.iter().map(|(.., lane)| i16::try_from(*lane).unwrap_or(i16::MAX)).collect::<Vec<_>>())
     .bind(each(|key| key.event.0))
     .bind(each(|key| key.organization.0))
     .bind(each(|key| key.subscription.0))
     .bind(each(|key| key.connection.0))
-    .bind(deliveries.iter().map(|(key, _)| key.connection_version).collect::<Vec<_>>())
-    .bind(deliveries.iter().map(|(_, p)| i32::try_from(p.attempts).unwrap_or(i32::MAX)).collect::<Vec<_>>())
-    .bind(deliveries.iter().map(|(_, progress)| progress.turn).collect::<Vec<_>>())
+    .bind(deliveries.iter().map(|(key, ..)| key.connection_version).collect::<Vec<_>>())
+    .bind(deliveries.iter().map(|(_, p, _)| i32::try_from(p.attempts).unwrap_or(i32::MAX)).collect::<Vec<_>>())
+    .bind(deliveries.iter().map(|(_, progress, _)| progress.turn).collect::<Vec<_>>())
     .bind(since)
     .execute(connection)
     .await

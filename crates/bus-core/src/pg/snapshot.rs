@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use sqlx::{PgConnection, Row as _};
 use uuid::Uuid;
 
-use super::{During as _, StoreError};
+use super::{During as _, StoreError, stored_lane};
 use crate::{
     filter::PayloadFilter,
     ids::{OrganizationId, SubscriptionId},
@@ -30,7 +30,13 @@ pub async fn load_snapshot_of(
     const OPERATION: &str = "load an organization's subscriptions";
     // The version first: whatever changes between the two statements makes the snapshot newer than its
     // version says, which costs one more load and never a missed subscription.
-    let version = read_version(connection, organization).await?;
+    let own: Option<(i64, Option<i16>)> =
+        sqlx::query_as("SELECT version, lane FROM organizations WHERE id = $1")
+            .bind(organization.0)
+            .fetch_optional(&mut *connection)
+            .await
+            .during("read an organization's version")?;
+    let (version, lane) = own.unwrap_or_default();
     let rows = sqlx::query(
         "SELECT s.id, s.connection_id, c.version AS connection_version, s.enabled AND c.enabled AS enabled,
                 s.event_type, s.publisher, s.filter
@@ -45,7 +51,7 @@ pub async fn load_snapshot_of(
     .await
     .during(OPERATION)?;
     let candidates = rows.iter().map(candidate).collect::<Result<_, _>>()?;
-    Ok(Snapshot::new(version, candidates))
+    Ok(Snapshot::new(version, lane.and_then(stored_lane), candidates))
 }
 
 fn candidate(row: &sqlx::postgres::PgRow) -> Result<Candidate, StoreError> {

@@ -42,7 +42,7 @@ pub async fn drain(
         if left == 0 {
             return Ok(moved);
         }
-        for lane in 0..lanes {
+        for &lane in &lanes {
             loop {
                 let batch = move_batch(from, to, lane).await?;
                 if batch == 0 {
@@ -70,7 +70,9 @@ async fn move_batch(from: &dyn DeliveryQueue, to: &dyn DeliveryQueue, lane: u16)
                     Body::Inline(body) => Body::bounded(&body),
                     Body::Stored => Body::Stored,
                 };
-                deliveries.push(Enqueue { key, progress: progress.next(progress.attempts), body });
+                // Whoever takes it there moves it to its organization's own lane, if that has one.
+                let progress = progress.next(progress.attempts);
+                deliveries.push(Enqueue { key, progress, lane: None, body });
                 leases.push(lease);
             }
         }

@@ -1,7 +1,7 @@
 //! The delivery queue on JetStream.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -70,6 +70,8 @@ pub struct JetStreamQueue {
     nats: Nats,
     lanes: u16,
     pulled: Arc<Mutex<HashMap<u16, Lane>>>,
+    /// Lanes beyond those configured that certainly have a consumer: by it workers find them.
+    found: Arc<Mutex<HashSet<u16>>>,
 }
 
 /// The consumer of a lane, and how much of its window is taken.
@@ -88,13 +90,12 @@ struct Window {
 impl JetStreamQueue {
     /// A queue of `lanes` lanes.
     pub fn new(nats: Nats, lanes: u16) -> Self {
-        Self { nats, lanes, pulled: Arc::default() }
+        Self { nats, lanes, pulled: Arc::default(), found: Arc::default() }
     }
 
     fn message(&self, delivery: &Enqueue) -> (String, PublishMessage) {
         let key = &delivery.key;
-        let subject =
-            self.nats.names.deliver(key.organization.lane(self.lanes), key.organization, key.connection);
+        let subject = self.nats.names.deliver(delivery.lane(self.lanes), key.organization, key.connection);
         let mut headers = HeaderMap::new();
         headers.insert(EVENT, key.event.to_string());
         headers.insert(SUBSCRIPTION, key.subscription.to_string());
@@ -119,6 +120,20 @@ impl JetStreamQueue {
         Ok(pulled)
     }
 
+    /// Makes sure that the lanes of these deliveries have consumers. Those that are configured are pulled anyway.
+    async fn make_known(&self, deliveries: &[Enqueue]) -> Result<(), QueueError> {
+        let lanes = deliveries.iter().map(|delivery| delivery.lane(self.lanes));
+        let lanes: BTreeSet<u16> = lanes.filter(|lane| *lane >= self.lanes).collect();
+        for lane in lanes {
+            let mut found = self.found.lock().await;
+            if !found.contains(&lane) {
+                self.nats.lane_consumer(lane).await?;
+                found.insert(lane);
+            }
+        }
+        Ok(())
+    }
+
     /// After an error the consumer may be gone; the next pull looks it up, and creates it if it is.
     async fn forget(&self, lane: u16) {
         self.pulled.lock().await.remove(&lane);
@@ -128,6 +143,7 @@ impl JetStreamQueue {
 #[async_trait]
 impl DeliveryQueue for JetStreamQueue {
     async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError> {
+        self.make_known(deliveries).await?;
         let mut acks = FuturesUnordered::new();
         for delivery in deliveries {
             if acks.len() == WINDOW {
@@ -164,7 +180,7 @@ impl DeliveryQueue for JetStreamQueue {
             let (queue, lane) = (queue.clone(), lane.clone());
             async move {
                 match message.during("pull deliveries") {
-                    Ok(message) => queue.lease(message, &lane).await,
+                    Ok(message) => queue.lease(message, number, &lane).await,
                     Err(failed) => {
                         queue.forget(number).await;
                         Some(Err(failed.into()))
@@ -181,12 +197,8 @@ impl DeliveryQueue for JetStreamQueue {
         Ok(())
     }
 
-    async fn lanes(&self) -> Result<u16, QueueError> {
-        Ok(self
-            .nats
-            .highest_lane()
-            .await?
-            .map_or(self.lanes, |highest| self.lanes.max(highest.saturating_add(1))))
+    async fn lanes(&self) -> Result<BTreeSet<u16>, QueueError> {
+        Ok(self.nats.lanes().await?.into_iter().chain(0..self.lanes).collect())
     }
 
     async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError> {
@@ -249,6 +261,8 @@ impl DeliveryQueue for JetStreamQueue {
     }
 
     async fn prepare(&self) -> Result<(), QueueError> {
+        // The broker may be another one, or have lost its consumers.
+        self.found.lock().await.clear();
         Ok(self.nats.prepare().await?)
     }
 }
@@ -292,7 +306,7 @@ impl JetStreamQueue {
 
     /// Reads a message. `None` for one that is not to be worked on now: it has to wait and does so in the
     /// lane's window, or it cannot be read and was moved to the dead-letter stream, so that it blocks nothing.
-    async fn lease(&self, message: Message, lane: &Lane) -> Option<Result<Leased, QueueError>> {
+    async fn lease(&self, message: Message, number: u16, lane: &Lane) -> Option<Result<Leased, QueueError>> {
         let read = match read(&message) {
             Ok(read) => read,
             Err(problem) => {
@@ -318,7 +332,7 @@ impl JetStreamQueue {
         let body = if stored { Body::Stored } else { Body::Inline(message.payload.clone()) };
         let Read { key, progress, .. } = read;
         let lease = Box::new(MessageLease { message, delivery: key.id, queue: self.clone() });
-        Some(Ok(Leased { key, progress, handed_out, wait, body, lease }))
+        Some(Ok(Leased { key, progress, lane: number, handed_out, wait, body, lease }))
     }
 
     /// Moves a message that cannot be read to the dead-letter stream. If that fails it stays and comes again

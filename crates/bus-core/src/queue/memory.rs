@@ -2,7 +2,7 @@
 //! dies with the process.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -139,6 +139,7 @@ impl MemoryQueue {
             leased.push(Leased {
                 key: entry.key,
                 progress: entry.progress,
+                lane,
                 handed_out: entry.handed_out,
                 wait: None,
                 body: entry.body.clone(),
@@ -169,7 +170,7 @@ impl DeliveryQueue for MemoryQueue {
                 key: delivery.key,
                 progress: delivery.progress,
                 body: delivery.body.clone(),
-                lane: delivery.key.organization.lane(self.lanes),
+                lane: delivery.lane(self.lanes),
                 handed_out: 0,
                 visible_at: now,
                 position,
@@ -212,8 +213,9 @@ impl DeliveryQueue for MemoryQueue {
         Ok(())
     }
 
-    async fn lanes(&self) -> Result<u16, QueueError> {
-        Ok(self.lanes)
+    async fn lanes(&self) -> Result<BTreeSet<u16>, QueueError> {
+        let taken: BTreeSet<u16> = self.state().entries.values().map(|entry| entry.lane).collect();
+        Ok((0..self.lanes).chain(taken).collect())
     }
 
     async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError> {

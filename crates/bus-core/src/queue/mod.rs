@@ -5,7 +5,12 @@ mod jetstream;
 mod memory;
 mod postgres;
 
-use std::{collections::HashSet, fmt, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    fmt,
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -24,7 +29,7 @@ use crate::{
     clock::SystemClock,
     config::{Backend, Common},
     delivery::{DeliveryKey, Progress},
-    ids::DeliveryId,
+    ids::{DeliveryId, OrganizationId},
     nats::{Nats, NatsError},
     notify::{self, Notifier},
     pg::{DeadLetter, StoreError},
@@ -73,8 +78,22 @@ pub struct Enqueue {
     pub key: DeliveryKey,
     /// How far it has come.
     pub progress: Progress,
+    /// The lane that its organization has of its own.
+    pub lane: Option<u16>,
     /// The event's bytes, shared by the whole fan-out.
     pub body: Body,
+}
+
+impl Enqueue {
+    /// Where it goes in a queue of `lanes` lanes.
+    fn lane(&self, lanes: u16) -> u16 {
+        lane_of(self.key.organization, self.lane, lanes)
+    }
+}
+
+/// The lane of an organization's deliveries: its `own` if it has one, or the one of `lanes` that its id falls on.
+pub fn lane_of(organization: OrganizationId, own: Option<u16>, lanes: u16) -> u16 {
+    own.unwrap_or_else(|| organization.lane(lanes))
 }
 
 /// A delivery that a worker holds. It returns to the queue by itself if the worker dies.
@@ -84,6 +103,8 @@ pub struct Leased {
     pub key: DeliveryKey,
     /// How far it has come.
     pub progress: Progress,
+    /// The lane in which it was.
+    pub lane: u16,
     /// How often it was handed out in this turn, this time included. More than once means that an earlier
     /// holder died, was cut off, or put it back.
     pub handed_out: u32,
@@ -120,12 +141,13 @@ pub trait Lease: Send + Sync + fmt::Debug {
 ///
 /// Order: deliveries of one connection come out in the order in which they were put in, as long as one
 /// worker takes the lane and none of them was handed out before. Nothing is promised about the order after a
-/// retry, a crash or a return from the database, between several workers, or between connections.
+/// retry, a crash, a move to another lane or a return from the database, between several workers, or between
+/// connections.
 #[async_trait]
 pub trait DeliveryQueue: Send + Sync + fmt::Debug {
-    /// Puts deliveries in and returns when all are safely there. One that is there already (same id and
-    /// turn) is not put in twice, within the broker's duplicate window. After an error some may be
-    /// there: call it again with all of them.
+    /// Puts deliveries in and returns when all are safely there, each in its lane, and those who look which
+    /// [`lanes`](Self::lanes) there are find it. One that is there already (same id and turn) is not put in twice,
+    /// within the broker's duplicate window. After an error some may be there: call it again with all of them.
     async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError>;
 
     /// Hands out at most `max` deliveries of a lane as they come, until `wait` is over. The stream ends
@@ -146,9 +168,10 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
         LONGEST_WAIT
     }
 
-    /// How many lanes are to be pulled: those that are configured, and those of an earlier configuration
-    /// that had more, which may still hold deliveries.
-    async fn lanes(&self) -> Result<u16, QueueError>;
+    /// The lanes that are to be pulled: those that are configured, and others that may hold deliveries: those of an
+    /// earlier configuration that had more, and those of single organizations. Asks no database that carries no
+    /// deliveries.
+    async fn lanes(&self) -> Result<BTreeSet<u16>, QueueError>;
 
     /// Which of these deliveries are in the queue, in whatever turn, held and waiting ones included. What went in before
     /// the call and has not left it by the end is among them.

@@ -1,7 +1,11 @@
 //! The delivery queue in Postgres, for those who run no NATS: `FOR UPDATE SKIP LOCKED`, leases that
 //! expire, hints to wake and polling as the safety net.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -96,16 +100,17 @@ impl PostgresQueue {
         .fetch_all(&self.pool)
         .await
         .during(OPERATION)?;
-        Ok(rows.iter().map(|row| self.leased(row)).collect::<Result<_, _>>().during(OPERATION)?)
+        Ok(rows.iter().map(|row| self.leased(lane, row)).collect::<Result<_, _>>().during(OPERATION)?)
     }
 
-    fn leased(&self, row: &PgRow) -> Result<Leased, sqlx::Error> {
+    fn leased(&self, lane: u16, row: &PgRow) -> Result<Leased, sqlx::Error> {
         let (key, progress) = (pg::key(row)?, pg::progress(row)?);
         let body: Option<Vec<u8>> = row.try_get("body")?;
         let lease = RowLease { queue: self.clone(), delivery: key.id, token: row.try_get("lease_token")? };
         Ok(Leased {
             key,
             progress,
+            lane,
             handed_out: u32::try_from(row.try_get::<i32, _>("handed_out")?).unwrap_or(u32::MAX),
             wait: None,
             body: body.map_or(Body::Stored, |body| Body::Inline(body.into())),
@@ -117,9 +122,10 @@ impl PostgresQueue {
 #[async_trait]
 impl DeliveryQueue for PostgresQueue {
     async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError> {
-        let rows: Vec<_> = deliveries.iter().map(|delivery| (delivery.key, delivery.progress)).collect();
+        let row = |delivery: &Enqueue| (delivery.key, delivery.progress, delivery.lane(self.lanes));
+        let rows: Vec<_> = deliveries.iter().map(row).collect();
         let mut connection = self.pool.acquire().await.during("enqueue deliveries")?;
-        pg::insert_queued(&mut connection, &rows, self.lanes).await?;
+        pg::insert_queued(&mut connection, &rows).await?;
         self.wake.notify_waiters();
         self.notifier.notify(Hint::Enqueued).await;
         Ok(())
@@ -158,13 +164,21 @@ impl DeliveryQueue for PostgresQueue {
         Ok(())
     }
 
-    async fn lanes(&self) -> Result<u16, QueueError> {
-        let highest: Option<i16> = sqlx::query_scalar("SELECT max(lane) FROM delivery_queue")
-            .fetch_one(&self.pool)
-            .await
-            .during("look for lanes of an earlier configuration")?;
-        let highest = highest.and_then(|lane| u16::try_from(lane).ok());
-        Ok(highest.map_or(self.lanes, |highest| self.lanes.max(highest.saturating_add(1))))
+    async fn lanes(&self) -> Result<BTreeSet<u16>, QueueError> {
+        // One look into the index for each lane, however many rows there are.
+        let taken: Vec<i16> = sqlx::query_scalar(
+            "WITH RECURSIVE taken AS (
+                 SELECT min(lane) AS lane FROM delivery_queue
+                 UNION ALL
+                 SELECT (SELECT min(q.lane) FROM delivery_queue q WHERE q.lane > taken.lane) FROM taken
+                 WHERE taken.lane IS NOT NULL
+             )
+             SELECT lane FROM taken WHERE lane IS NOT NULL",
+        )
+        .fetch_all(&self.pool)
+        .await
+        .during("look for other lanes that hold deliveries")?;
+        Ok((0..self.lanes).chain(taken.into_iter().filter_map(|lane| u16::try_from(lane).ok())).collect())
     }
 
     async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError> {

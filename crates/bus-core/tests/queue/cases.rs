@@ -1,15 +1,21 @@
 //! What every queue does.
 
-use std::{collections::HashSet, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    time::Duration,
+};
 
 use bus_core::{
     delivery::DeliveryKey,
     ids::{DeliveryId, Ids as _, SystemIds},
+    queue::Enqueue,
 };
 
 use devkit::wait_until;
 
-use super::fixture::{DEADLINE, Fixture, Kind, LEASE, ids, leased_ids, pull, pull_all, pull_for};
+use super::fixture::{
+    DEADLINE, Fixture, Kind, LEASE, WAIT, ids, leased_ids, pull, pull_all, pull_for, pull_lane,
+};
 
 pub(crate) async fn comes_out_as_it_was_put_in(kind: Kind) {
     let fixture = Fixture::new(kind).await;
@@ -161,6 +167,54 @@ async fn depth_becomes(fixture: &Fixture, expected: u64) {
         if depth == expected { Ok(()) } else { Err(depth) }
     })
     .await;
+}
+
+/// A lane that was not configured: whoever asks which there are is told, and others have nothing of it.
+pub(crate) async fn what_has_a_lane_of_its_own_is_found_in_it_and_in_no_other(kind: Kind) {
+    let fixture = Fixture::new(kind).await;
+    assert_eq!(fixture.other_worker.lanes().await.unwrap(), BTreeSet::from([0]));
+    let own = Enqueue { lane: Some(9), ..fixture.delivery(b"own").await };
+    let shared = fixture.delivery(b"shared").await;
+    fixture.queue.enqueue(&[own.clone(), shared.clone()]).await.unwrap();
+    assert_eq!(fixture.other_worker.lanes().await.unwrap(), BTreeSet::from([0, 9]));
+    for (lane, sent) in [(0, shared), (9, own)] {
+        let leased = pull_lane(&fixture.other_worker, lane, 10, WAIT).await;
+        assert_eq!(leased_ids(&leased), ids(&[sent]));
+        assert_eq!(leased[0].lane, lane);
+        leased[0].lease.ack().await.unwrap();
+    }
+    wait_until("a lane that is empty again", DEADLINE, || async {
+        let lanes = fixture.queue.lanes().await.unwrap();
+        if lanes == BTreeSet::from([0]) { Ok(()) } else { Err(lanes) }
+    })
+    .await;
+    fixture.end().await;
+}
+
+/// As its next turn, by whoever holds it; and back again.
+pub(crate) async fn what_is_moved_to_another_lane_is_in_that_one_alone(kind: Kind) {
+    let fixture = Fixture::new(kind).await;
+    let mut sent = fixture.delivery(b"moved").await;
+    fixture.queue.enqueue(std::slice::from_ref(&sent)).await.unwrap();
+    for (from, to) in [(0, 9), (9, 0)] {
+        let held = pull_lane(&fixture.queue, from, 1, WAIT).await.remove(0);
+        sent = Enqueue { lane: Some(to), progress: held.progress.next(held.progress.attempts), ..sent };
+        fixture.queue.enqueue(std::slice::from_ref(&sent)).await.unwrap();
+        // Whoever dies before the acknowledgement does the same once more.
+        fixture.other_worker.enqueue(std::slice::from_ref(&sent)).await.unwrap();
+        held.lease.ack().await.unwrap();
+        wait_until("one delivery", DEADLINE, || async {
+            let depth = fixture.queue.depth().await.unwrap();
+            if depth == 1 { Ok(()) } else { Err(depth) }
+        })
+        .await;
+        assert_eq!(pull_lane(&fixture.queue, from, 1, Duration::from_millis(50)).await.len(), 0);
+    }
+    let held = pull_lane(&fixture.other_worker, 0, 1, WAIT).await.remove(0);
+    assert_eq!((held.key, held.progress, held.handed_out, held.lane), (sent.key, sent.progress, 1, 0));
+    assert_eq!(held.progress.attempts, 0);
+    held.lease.ack().await.unwrap();
+    fixture.end().await;
 }
 
 pub(crate) async fn it_knows_what_it_holds(kind: Kind) {

@@ -131,7 +131,8 @@ impl Fixture {
             connection_version: 3,
         };
         let since = Timestamp::from_second(1_800_000_000).unwrap();
-        Enqueue { key, progress: Progress::new(since), body: Body::bounded(&Bytes::copy_from_slice(body)) }
+        let body = Body::bounded(&Bytes::copy_from_slice(body));
+        Enqueue { key, progress: Progress::new(since), lane: None, body }
     }
 
     pub(crate) async fn deliveries(&self, n: usize) -> Vec<Enqueue> {
@@ -167,7 +168,17 @@ pub(crate) async fn pull(queue: &Arc<dyn DeliveryQueue>, max: usize) -> Vec<Leas
 
 /// One pull that waits this long.
 pub(crate) async fn pull_for(queue: &Arc<dyn DeliveryQueue>, max: usize, wait: Duration) -> Vec<Leased> {
-    queue.pull(0, max, wait).await.unwrap().map(Result::unwrap).collect().await
+    pull_lane(queue, 0, max, wait).await
+}
+
+/// One pull of this lane.
+pub(crate) async fn pull_lane(
+    queue: &Arc<dyn DeliveryQueue>,
+    lane: u16,
+    max: usize,
+    wait: Duration,
+) -> Vec<Leased> {
+    queue.pull(lane, max, wait).await.unwrap().map(Result::unwrap).collect().await
 }
 
 /// Pulls until there are `n`.

@@ -38,11 +38,14 @@ async fn i10_many_large_fan_outs_at_once_do_not_wait_for_each_other() {
 async fn a_lane_of_an_earlier_configuration_is_still_pulled() {
     let fixture = Fixture::new(Kind::JetStream).await;
     let nats = fixture.nats.clone().unwrap();
-    assert_eq!(fixture.queue.lanes().await.unwrap(), 1);
+    assert_eq!(fixture.queue.lanes().await.unwrap(), BTreeSet::from([0]));
     let earlier: Arc<dyn DeliveryQueue> = Arc::new(JetStreamQueue::new(nats, 8));
-    // Whoever pulled lane 5 made its consumer.
+    // Who pulled lane 5 made its consumer, and left something to it.
+    let late = Enqueue { lane: Some(5), ..fixture.delivery(b"late").await };
     assert!(earlier.pull(5, 1, Duration::from_millis(100)).await.unwrap().next().await.is_none());
-    assert_eq!(fixture.queue.lanes().await.unwrap(), 6);
+    assert_eq!(fixture.queue.lanes().await.unwrap(), BTreeSet::from([0]), "nothing is in it");
+    earlier.enqueue(&[late]).await.unwrap();
+    assert_eq!(fixture.queue.lanes().await.unwrap(), BTreeSet::from([0, 5]));
     fixture.end().await;
 }
 

@@ -40,7 +40,9 @@ on_every_queue! {
         a_waiting_pull_gets_what_is_enqueued_meanwhile,
         a_later_turn_goes_in_beside_what_was_finished,
         the_depth_counts_what_is_held_and_what_waits,
-        it_knows_what_it_holds;
+        it_knows_what_it_holds,
+        what_has_a_lane_of_its_own_is_found_in_it_and_in_no_other,
+        what_is_moved_to_another_lane_is_in_that_one_alone;
     failings:
         falsy_payload_lost,
         nak_hot_loop,

@@ -15,6 +15,7 @@ mod extract;
 mod finish;
 mod history;
 mod keys;
+mod lanes;
 mod openapi;
 mod organizations;
 mod page;
@@ -129,6 +130,7 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(replays::replay_subscription))
         .routes(routes!(organizations::create, organizations::list))
         .routes(routes!(organizations::get))
+        .routes(routes!(lanes::set))
         .routes(routes!(keys::create, keys::list))
         .routes(routes!(keys::revoke))
         .routes(routes!(audit::list))

@@ -128,6 +128,9 @@ problem_sets! {
     /// Creating something below something else.
     ChildProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, TooLarge,
         UnsupportedMediaType, InvalidFields, Overloaded;
+    /// Changing something of which there is a limit.
+    ChildLimitProblems = MalformedRequest, MalformedJson, NotFound, RequestTimeout, LimitReached, TooLarge,
+        UnsupportedMediaType, InvalidFields, Overloaded;
     /// Creating a subscription.
     SubscribeProblems = MalformedRequest, MalformedJson, RequestTimeout, LimitReached, TooLarge,
         UnsupportedMediaType, InvalidFields, Overloaded;

@@ -30,13 +30,21 @@ pub(super) struct OrganizationView {
     #[schema(value_type = Uuid)]
     id: OrganizationId,
     name: String,
+    /// The lane that its deliveries have of their own; `null` for the one that its id falls on.
+    #[schema(maximum = 255, required = true)]
+    lane: Option<u16>,
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
 }
 
 impl From<Organization> for OrganizationView {
     fn from(organization: Organization) -> Self {
-        Self { id: organization.id, name: organization.name, created_at: organization.created_at }
+        Self {
+            id: organization.id,
+            name: organization.name,
+            lane: organization.lane,
+            created_at: organization.created_at,
+        }
     }
 }
 

@@ -79,7 +79,7 @@ problems! {
     SubscriptionExists "subscription-exists" CONFLICT "There is a subscription like that already"
         "The change would make the subscription equal to another one of its connection.";
     LimitReached "limit-reached" CONFLICT "A limit of the organization is reached"
-        "The organization has the most subscriptions, the most memory for their filters, the most unfinished replays or erasures, or the most schedules that it can have.";
+        "The organization has the most subscriptions, the most memory for their filters, the most unfinished replays or erasures, or the most schedules that it can have; or no lane is free.";
     AmbiguousEvent "ambiguous-event" CONFLICT "Several events have this id"
         "Several events have this CloudEvents id; `uids` names them, newest first, at most 20.";
     NotPublished "not-published" CONFLICT "The event is not published"

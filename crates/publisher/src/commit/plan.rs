@@ -169,7 +169,7 @@ impl<'a> Plan<'a> {
                 }
                 let targets = Target::of(snapshot, event, publisher);
                 left = left.checked_sub(targets.len()).ok_or(place)?;
-                new.fan_out.push(FanOutEvent::of(&mut stored, targets));
+                new.fan_out.push(FanOutEvent::of(&mut stored, snapshot.lane, targets));
                 new.published.push(stored);
             }
         }

@@ -26,6 +26,7 @@ use bytes::Bytes;
 use delivery_worker::{
     config::WorkerConfig,
     delivery::{Deliverer, Parts},
+    lanes::Homes,
 };
 use devkit::{database::Database, servers::shared_servers};
 use jiff::Timestamp;
@@ -188,6 +189,7 @@ impl World {
                     connection_version: 1,
                 },
                 progress: Progress::new(since),
+                lane: None,
                 body: Body::Inline(Bytes::from_static(b"{}")),
             })
             .collect();
@@ -266,6 +268,7 @@ fn worker(
         longest_gathering: Duration::ZERO,
         clock: Arc::new(SystemClock),
         ids: Arc::new(SystemIds),
+        homes: Homes::new(pool.clone(), 1),
         random: || 0.0,
         tasks: tasks.clone(),
         stop: stop.clone(),
