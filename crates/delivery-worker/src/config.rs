@@ -126,7 +126,9 @@ impl BreakerConfig {
             return Some("worker.breaker.window_s must be between 1 and 3600");
         }
         if self.min_attempts == 0 || self.consecutive == 0 || self.probes == 0 {
-            return Some("worker.breaker.min_attempts, worker.breaker.consecutive and worker.breaker.probes must be at least 1");
+            return Some(
+                "worker.breaker.min_attempts, worker.breaker.consecutive and worker.breaker.probes must be at least 1",
+            );
         }
         if !(self.failure_rate > 0.0 && self.failure_rate <= 1.0) {
             return Some("worker.breaker.failure_rate must be above 0 and at most 1");
