@@ -31,6 +31,7 @@ GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_publisher;
 GRANT DELETE ON delivery_queue TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE, DELETE ON replays, brokers TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON scheduled_events, schedules TO bus_publisher;
+GRANT EXECUTE ON FUNCTION announce_connection(uuid, uuid, text, json) TO bus_publisher;
 GRANT SELECT ON occurrences TO bus_publisher;
 GRANT SELECT, INSERT, DELETE ON erasures TO bus_publisher;
 -- Records are written and read, never changed.
@@ -38,7 +39,8 @@ GRANT SELECT, INSERT ON audit_records TO bus_publisher;
 
 GRANT SELECT ON connections, subscriptions, events TO bus_worker;
 GRANT SELECT (id, lane) ON organizations TO bus_worker;
-GRANT EXECUTE ON FUNCTION disable_connection(uuid, uuid, bigint, text) TO bus_worker;
+GRANT EXECUTE ON FUNCTION disable_connection(uuid, uuid, bigint, text), note_working(uuid, uuid),
+    note_failing(uuid, uuid, bigint, double precision) TO bus_worker;
 GRANT SELECT, INSERT, UPDATE ON delivery_states TO bus_worker;
 GRANT SELECT, INSERT ON delivery_attempts TO bus_worker;
 GRANT SELECT, INSERT, UPDATE, DELETE ON delivery_queue TO bus_worker;

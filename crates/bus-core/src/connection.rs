@@ -26,8 +26,38 @@ pub enum ContentMode {
     Binary,
 }
 
+/// How much a connection takes, of all workers together.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Limits {
+    /// Requests under way at a time; `None` for as many as the workers' configuration says.
+    pub max_in_flight: Option<u32>,
+    /// Requests per second; `None` for no limit.
+    pub rate: Option<RateLimit>,
+}
+
+/// How many requests a connection takes per second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RateLimit {
+    /// In the long run.
+    pub per_second: f64,
+    /// How many may follow at once after a pause; `None` for those of one second.
+    pub burst: Option<u32>,
+}
+
+impl RateLimit {
+    /// How many may follow at once after a pause.
+    pub fn burst(&self) -> u32 {
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a rate is above zero, and as large a burst as fits is meant"
+        )]
+        self.burst.unwrap_or(self.per_second.ceil() as u32).max(1)
+    }
+}
+
 /// What a connection can do besides publishing.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Target {
     /// Receives nothing; an identity to publish under.
     Publisher,
@@ -36,7 +66,7 @@ pub enum Target {
 }
 
 /// A signed HTTP endpoint.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Webhook {
     /// `http` or `https`, with a host, without user information or fragment.
     pub url: Url,
@@ -49,6 +79,8 @@ pub struct Webhook {
     /// Answers with one of these HTTP statuses are final: the delivery is dead at once. In ascending order;
     /// see [`crate::webhook_rules::check_final_statuses`].
     pub final_statuses: Vec<u16>,
+    /// How much it takes.
+    pub limits: Limits,
     /// Signs every request.
     pub secret: SigningSecret,
     /// Signs too until the given time, so that a subscriber can rotate.
@@ -64,7 +96,7 @@ impl Webhook {
 }
 
 /// A connection, as stored.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Connection {
     /// Its id.
     pub id: ConnectionId,
@@ -78,6 +110,8 @@ pub struct Connection {
     pub enabled: bool,
     /// Why it is not enabled.
     pub disabled_reason: Option<String>,
+    /// Since when its endpoint has failed without a success, as far as workers have found.
+    pub failing_since: Option<Timestamp>,
     /// Where it receives.
     pub target: Target,
     /// When it was created.

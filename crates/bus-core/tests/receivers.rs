@@ -6,7 +6,7 @@ use std::{collections::HashMap, time::Duration};
 
 use bus_core::{
     audit::By,
-    connection::{Connection, ContentMode, Target, Webhook},
+    connection::{Connection, ContentMode, Limits, Target, Webhook},
     ids::{ConnectionId, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     pattern::TypePattern,
     pg::{self, ChangeConnection, CreateConnection, CreateSubscription, NewConnection, Wanted},
@@ -53,6 +53,7 @@ impl Fixture {
             timeout: Duration::from_secs(15),
             content_mode: ContentMode::Structured,
             final_statuses: vec![404, 422],
+            limits: Limits::default(),
             secret: SigningSecret::generate(&mut rand::rng()),
             previous_secret: None,
         };

@@ -50,6 +50,96 @@ pub struct LoopConfig {
     pub max_handed_out: u32,
     /// When a failed delivery is tried again.
     pub retry: RetryPolicy,
+    /// What one connection may take.
+    pub connection: ConnectionConfig,
+    /// When an endpoint that fails is left alone.
+    pub breaker: BreakerConfig,
+}
+
+/// What one connection may take, of all workers together.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConnectionConfig {
+    /// Requests under way at a time, unless the connection says otherwise. 1–10,000.
+    pub in_flight: u32,
+    /// A delivery that will have its place, or its token, within this time waits in memory; others are parked.
+    /// Milliseconds, up to 1,000.
+    pub wait_ms: u64,
+    /// So many of the parked ones come back per second to a connection of which nothing better is known, or
+    /// whose circuit was open. 1–10,000.
+    pub backlog_per_s: f64,
+}
+
+/// When an endpoint that fails is left alone, and when it is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BreakerConfig {
+    /// Whether it ever is.
+    pub enabled: bool,
+    /// What counts is what failed within this time, seconds, 1–3,600.
+    pub window_s: u64,
+    /// With fewer attempts in the window the rate says nothing.
+    pub min_attempts: u32,
+    /// From this share of failures on the circuit opens, above 0 and up to 1.
+    pub failure_rate: f64,
+    /// So many failures in a row open it, too.
+    pub consecutive: u32,
+    /// How long it is open the first time, milliseconds, 100 or more; each time twice as long as the last one.
+    pub open_ms: u64,
+    /// How long at most, milliseconds, up to an hour.
+    pub open_max_ms: u64,
+    /// So many attempts at a time find out whether the endpoint works again.
+    pub probes: u32,
+    /// A connection that has failed for so long without a success is disabled, seconds; 0 for never.
+    pub disable_after_s: u64,
+}
+
+impl ConnectionConfig {
+    /// How long a delivery waits in memory.
+    pub(crate) fn wait(&self) -> Duration {
+        Duration::from_millis(self.wait_ms)
+    }
+
+    fn problem(&self) -> Option<&'static str> {
+        if !(1..=10_000).contains(&self.in_flight) {
+            return Some("worker.connection.in_flight must be between 1 and 10000");
+        }
+        if self.wait_ms > 1_000 {
+            return Some(
+                "worker.connection.wait_ms must be at most 1000: what waits in memory holds a slot of its lane",
+            );
+        }
+        if !(1.0..=10_000.0).contains(&self.backlog_per_s) {
+            return Some("worker.connection.backlog_per_s must be between 1 and 10000");
+        }
+        None
+    }
+}
+
+impl BreakerConfig {
+    pub(crate) fn window(&self) -> Duration {
+        Duration::from_secs(self.window_s)
+    }
+
+    fn problem(&self) -> Option<&'static str> {
+        if !(1..=3_600).contains(&self.window_s) {
+            return Some("worker.breaker.window_s must be between 1 and 3600");
+        }
+        if self.min_attempts == 0 || self.consecutive == 0 || self.probes == 0 {
+            return Some(
+                "worker.breaker.min_attempts, worker.breaker.consecutive and worker.breaker.probes must be at least 1",
+            );
+        }
+        if !(self.failure_rate > 0.0 && self.failure_rate <= 1.0) {
+            return Some("worker.breaker.failure_rate must be above 0 and at most 1");
+        }
+        if self.open_ms < 100 || !(self.open_ms..=3_600_000).contains(&self.open_max_ms) {
+            return Some(
+                "worker.breaker.open_ms must be at least 100, and worker.breaker.open_max_ms between it and 3600000 (1 h)",
+            );
+        }
+        None
+    }
 }
 
 impl LoopConfig {
@@ -83,6 +173,9 @@ impl LoopConfig {
         }
         if !(2..=1_000).contains(&self.max_handed_out) {
             return Some("worker.max_handed_out must be between 2 and 1000".into());
+        }
+        if let Some(problem) = self.connection.problem().or_else(|| self.breaker.problem()) {
+            return Some(problem.to_owned());
         }
         self.retry.problem().map(|problem| format!("worker.{problem}"))
     }
@@ -179,6 +272,19 @@ mod tests {
     #[case::defer_max("EVENT_BUS_WORKER__DEFER_MAX_MS", "2592000001", Some("worker.defer_max_ms"))]
     #[case::lifetime("EVENT_BUS_WORKER__LIFETIME_S", "59", Some("worker.lifetime_s"))]
     #[case::handed_out("EVENT_BUS_WORKER__MAX_HANDED_OUT", "1", Some("worker.max_handed_out"))]
+    #[case::connection("EVENT_BUS_WORKER__CONNECTION__IN_FLIGHT", "0", Some("worker.connection.in_flight"))]
+    #[case::wait("EVENT_BUS_WORKER__CONNECTION__WAIT_MS", "1001", Some("worker.connection.wait_ms"))]
+    #[case::backlog(
+        "EVENT_BUS_WORKER__CONNECTION__BACKLOG_PER_S",
+        "0.5",
+        Some("worker.connection.backlog_per_s")
+    )]
+    #[case::backlog_whole("EVENT_BUS_WORKER__CONNECTION__BACKLOG_PER_S", "20", None)]
+    #[case::breaker_window("EVENT_BUS_WORKER__BREAKER__WINDOW_S", "0", Some("worker.breaker.window_s"))]
+    #[case::probes("EVENT_BUS_WORKER__BREAKER__PROBES", "0", Some("worker.breaker.probes"))]
+    #[case::rate("EVENT_BUS_WORKER__BREAKER__FAILURE_RATE", "1.1", Some("worker.breaker.failure_rate"))]
+    #[case::open("EVENT_BUS_WORKER__BREAKER__OPEN_MAX_MS", "4999", Some("worker.breaker.open_max_ms"))]
+    #[case::breaker_off("EVENT_BUS_WORKER__BREAKER__ENABLED", "false", None)]
     #[case::delays("EVENT_BUS_WORKER__RETRY__DELAYS_MS", "[200, 5000]", None)]
     #[case::unknown("EVENT_BUS_WORKER__IN_FLIHGT", "3", Some("in_flihgt"))]
     fn inequalities_are_checked_at_the_start(

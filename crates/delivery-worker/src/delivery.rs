@@ -10,6 +10,7 @@ use bus_core::{
     launcher::BoxError,
     lifecycle::State,
     notify::{Hint, Notifier},
+    peers::Peers,
     pg::{self, DeadLetter, LastAttempt, Park},
     queue::{Body, DeliveryQueue, Enqueue, Leased},
     receipt::{Receipt, ReceiptOutcome},
@@ -22,21 +23,23 @@ use futures::future::join_all;
 use jiff::Timestamp;
 use metrics::{counter, histogram};
 use sqlx::PgPool;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 
 use crate::{
+    admission::{Admission, Place, Refusal, Request},
     batching::Batcher,
     bodies::Bodies,
     closed::{ClosedDeliveries, Turn},
     config::LoopConfig,
     connections::Connections,
+    failing::{Failing, failed},
     hold::{HANDED_OVER, Hold},
     lanes::Homes,
     parking::Parking,
     patience::{Patience, held_during},
     receipts::Receipts,
+    slots::Slot,
 };
 
 /// What a [`Deliverer`] is made of.
@@ -47,6 +50,8 @@ pub struct Parts {
     pub queue: Arc<dyn DeliveryQueue>,
     /// Says that connections changed and deliveries were closed.
     pub hints: Arc<dyn Notifier>,
+    /// The other workers, who share the limits.
+    pub peers: Peers,
     /// Makes the attempts.
     pub webhooks: Box<dyn Sink>,
     /// Limits and the retry policy.
@@ -81,6 +86,8 @@ pub struct Deliverer {
     connections: Connections,
     bodies: Bodies,
     batches: Batcher<InHand>,
+    admission: Admission,
+    failing: Failing,
     parking: Parking,
     patience: Patience,
     closed: ClosedDeliveries,
@@ -100,7 +107,7 @@ struct InHand {
     progress: Progress,
     handed_out: u32,
     receiver: Arc<Receiver>,
-    slot: OwnedSemaphorePermit,
+    slot: Slot,
 }
 
 impl Deliverer {
@@ -117,10 +124,20 @@ impl Deliverer {
         tasks.spawn(stop.clone().run_until_cancelled_owned(following));
         let patience = Patience::new(stop.clone());
         let (queue, buffer) = (Arc::clone(&parts.queue), settings.receipt_buffer);
+        let admission = Admission::new(
+            settings.connection,
+            settings.breaker,
+            settings.connection_cache,
+            parts.peers.clone(),
+            parts.random,
+        );
+        let (hints, after) = (Arc::clone(&parts.hints), settings.breaker.disable_after_s);
         Self {
             connections,
             bodies: Bodies::new(pool.clone(), settings.body_cache_bytes),
             batches: Batcher::new(parts.longest_gathering, stop.clone()),
+            admission,
+            failing: Failing::new(pool.clone(), hints, after, tasks.clone()),
             parking: Parking::start(pool.clone(), Arc::clone(&parts.hints), patience.clone(), tasks),
             patience,
             closed,
@@ -136,7 +153,7 @@ impl Deliverer {
 
     /// Brings a delivery to its end, or to others of its batch whose task does. At a stop it may be left to the
     /// queue, which hands it out again.
-    pub async fn deliver(&self, leased: Leased, slot: OwnedSemaphorePermit) {
+    pub async fn deliver(&self, leased: Leased, slot: Slot) {
         let Leased { key, progress, lane, handed_out, wait, body, lease } = leased;
         let hold = Hold::new(key, lease, self.parts.lease);
         if let Some(wait) = wait {
@@ -147,7 +164,7 @@ impl Deliverer {
                 reason: "the queue has no room for deliveries that wait".to_owned(),
                 last: LastAttempt::default(),
             };
-            return self.parking.park(park, hold).await;
+            return self.parking.park(park, hold, "queue_full", slot).await;
         }
         if let Some(home) = self.parts.homes.elsewhere(key.organization, lane).await
             && self.moved(home, &hold, progress, handed_out, &body).await
@@ -220,8 +237,9 @@ impl Deliverer {
         }
     }
 
-    /// Attempts those that are still wanted, in one request. The others are closed, or a later turn has begun: they
-    /// are finished. At a stop all may be left to the queue.
+    /// Attempts those that are still wanted, in one request, if their connection has room for one; else they are parked,
+    /// which costs no attempt. Those that are closed, or overtaken by a later turn, are finished. At a stop all may be left
+    /// to the queue.
     async fn attempt_wanted(
         &self,
         receiver: &Receiver,
@@ -229,6 +247,21 @@ impl Deliverer {
         deliveries: Vec<Delivery>,
         in_hand: Vec<InHand>,
     ) {
+        let Some(first) = in_hand.first() else { return };
+        let request = Request {
+            connection: &receiver.connection,
+            lane: first.slot.usage(),
+            slots: in_hand.len(),
+            returns: in_hand.iter().any(|one| one.progress.turn > 0),
+        };
+        let place = {
+            let holds: Vec<&Hold> = in_hand.iter().map(|one| &one.hold).collect();
+            held_during(&holds, self.admission.admit(request)).await
+        };
+        let place = match place {
+            Ok(place) => place,
+            Err(refusal) => return self.park_all(in_hand, refusal).await,
+        };
         let turn = |one: &InHand| Turn {
             key: one.hold.key,
             progress: one.progress,
@@ -255,11 +288,21 @@ impl Deliverer {
         let attempted = async {
             match &wanted[..] {
                 [] => {}
-                [one] if !batched => self.attempt(receiver, Parcel::Single(one), in_hand).await,
-                all => self.attempt(receiver, Parcel::Batch(all), in_hand).await,
+                [one] if !batched => self.attempt(receiver, Parcel::Single(one), in_hand, place).await,
+                all => self.attempt(receiver, Parcel::Batch(all), in_hand, place).await,
             }
         };
         tokio::join!(join_all(finished), attempted);
+    }
+
+    /// They come again, in their next turn, with the attempts that they have behind them.
+    async fn park_all(&self, in_hand: Vec<InHand>, Refusal { why, wait }: Refusal) {
+        join_all(in_hand.into_iter().map(|InHand { hold, progress, slot, .. }| {
+            let (key, next) = (hold.key, progress.next(progress.attempts));
+            let park = Park { key, next, wait, reason: why.to_string(), last: LastAttempt::default() };
+            self.parking.park(park, hold, why.as_str(), slot)
+        }))
+        .await;
     }
 
     /// What an attempt needs, or the reason why there can be none.
@@ -287,7 +330,7 @@ impl Deliverer {
     }
 
     /// Makes one attempt and draws its consequences, for each delivery of the parcel.
-    async fn attempt(&self, receiver: &Receiver, parcel: Parcel<'_>, in_hand: Vec<InHand>) {
+    async fn attempt(&self, receiver: &Receiver, parcel: Parcel<'_>, in_hand: Vec<InHand>, mut place: Place) {
         let at = self.parts.clock.now();
         let holds: Vec<&Hold> = in_hand.iter().map(|one| &one.hold).collect();
         let attempt = self.parts.webhooks.attempt(&receiver.connection, parcel, at);
@@ -295,6 +338,9 @@ impl Deliverer {
         if let Some(report) = reports.first() {
             histogram!("bus_attempt_duration_seconds").record(report.duration.as_secs_f64());
         }
+        let has_failed = failed(&reports);
+        let changed = place.report(has_failed);
+        self.failing.note(&receiver.connection, has_failed, changed);
         let settled = parcel.deliveries().iter().zip(reports).zip(in_hand).map(
             |((delivery, report), InHand { hold, progress, slot, .. })| async move {
                 let outcome = self.settle(receiver, hold, delivery, progress, &report, at).await;
@@ -305,6 +351,7 @@ impl Deliverer {
             },
         );
         join_all(settled).await;
+        drop(place);
     }
 
     /// Draws the consequence of an attempt.
@@ -344,7 +391,9 @@ impl Deliverer {
                 let next = progress.next(attempts);
                 let waits = wait <= self.parts.queue.longest_wait() && hold.postpone(next, wait).await;
                 if !waits {
-                    self.parking.park(Park { key, next, wait, reason, last: last() }, hold).await;
+                    self.parking
+                        .park(Park { key, next, wait, reason, last: last() }, hold, "retry", ())
+                        .await;
                 }
                 return followed_by;
             }

@@ -8,11 +8,13 @@ use bus_core::{
     telemetry::Chain,
 };
 use futures::StreamExt as _;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
-use crate::delivery::Deliverer;
+use crate::{
+    delivery::Deliverer,
+    slots::{Slot, Slots},
+};
 
 /// How long one pull stays open. A pull is never broken off, since what the broker has sent by then
 /// would wait for the end of its `ack_wait`; so this is also how long a stop takes when idle.
@@ -39,12 +41,12 @@ pub(crate) struct Lane {
 impl Lane {
     /// Runs until the stop; what was taken by then is finished by `tasks`.
     pub(crate) async fn run(self) -> Result<(), BoxError> {
-        let slots = Arc::new(Semaphore::new(self.in_flight));
+        let slots = Slots::new(self.in_flight);
         let mut failing = false;
         while !self.stop.is_cancelled() {
             self.beat.beat();
-            let Some(permits) = self.permits(&slots).await else { break };
-            match self.pull(permits).await {
+            let Some(free) = self.free(&slots).await else { break };
+            match self.pull(free).await {
                 Ok(()) if failing => {
                     info!(lane = self.number, "Pulling again");
                     failing = false;
@@ -64,11 +66,11 @@ impl Lane {
     }
 
     /// Waits for one free slot and takes all that are free. `None` at the stop.
-    async fn permits(&self, slots: &Arc<Semaphore>) -> Option<Vec<OwnedSemaphorePermit>> {
+    async fn free(&self, slots: &Slots) -> Option<Vec<Slot>> {
         let first = loop {
-            let slot = tokio::time::timeout(FULL, Arc::clone(slots).acquire_owned());
+            let slot = tokio::time::timeout(FULL, slots.acquire());
             match self.stop.run_until_cancelled(slot).await? {
-                Ok(permit) => break permit.ok()?,
+                Ok(slot) => break slot,
                 // Every slot is taken, by slow endpoints or by batches that wait for what could not be taken
                 // from the queue for want of slots. The loop is alive all the same.
                 Err(_) => {
@@ -77,20 +79,16 @@ impl Lane {
                 }
             }
         };
-        let mut permits = vec![first];
-        while let Ok(permit) = Arc::clone(slots).try_acquire_owned() {
-            permits.push(permit);
-        }
-        Some(permits)
+        Some(std::iter::once(first).chain(std::iter::from_fn(|| slots.try_acquire())).collect())
     }
 
-    async fn pull(&self, mut permits: Vec<OwnedSemaphorePermit>) -> Result<(), BoxError> {
-        let mut leased = self.queue.pull(self.number, permits.len(), PULL_WAIT).await?;
+    async fn pull(&self, mut free: Vec<Slot>) -> Result<(), BoxError> {
+        let mut leased = self.queue.pull(self.number, free.len(), PULL_WAIT).await?;
         while let Some(next) = leased.next().await {
             let leased = next?;
-            let permit = permits.pop().ok_or("the queue handed out more than was asked for")?;
+            let slot = free.pop().ok_or("the queue handed out more than was asked for")?;
             let deliverer = Arc::clone(&self.deliverer);
-            self.tasks.spawn(async move { deliverer.deliver(leased, permit).await });
+            self.tasks.spawn(async move { deliverer.deliver(leased, slot).await });
         }
         Ok(())
     }

@@ -1,8 +1,9 @@
 //! The delivery worker: takes deliveries from the queue and brings each to its end.
 //!
-//! The way of a delivery: [`lane`] pulls it, `delivery` finds its connection and decides what follows from
-//! the attempt, [`webhook`] makes the attempt.
+//! The way of a delivery: [`lane`] pulls it, `delivery` finds its connection, `admission` says whether that has room for
+//! it, [`webhook`] makes the attempt, and `delivery` decides what follows from it.
 
+mod admission;
 pub mod batching;
 mod bodies;
 mod closed;
@@ -10,12 +11,14 @@ pub mod config;
 mod connections;
 pub mod connector;
 pub mod delivery;
+mod failing;
 mod hold;
 pub mod lane;
 pub mod lanes;
 mod parking;
 mod patience;
 mod receipts;
+pub mod slots;
 pub mod webhook;
 
 use std::{sync::Arc, time::Duration};
@@ -43,12 +46,13 @@ pub async fn run(ctx: Ctx<WorkerConfig>) -> Result<(), BoxError> {
     let Some(transport) = supervise::connect(&ctx, &pool, Broker::Needed).await? else { return Ok(()) };
     let settings = &ctx.config.worker;
     let (hints, stop) = (Arc::clone(&transport.hints), ctx.stop.clone());
-    let _peers = Peers::start(hints, PeerRole::DeliveryWorker, ctx.ids.next(), &ctx.tasks, stop);
+    let peers = Peers::start(hints, PeerRole::DeliveryWorker, ctx.ids.next(), &ctx.tasks, stop);
     let homes = Homes::new(pool.clone(), ctx.common.lanes);
     let deliverer = Arc::new(Deliverer::start(Parts {
         pool,
         queue: Arc::clone(&transport.queue),
         hints: Arc::clone(&transport.hints),
+        peers,
         webhooks: Box::new(WebhookSink::new(&ctx.config.sink)?),
         settings: settings.clone(),
         lease: Duration::from_millis(ctx.common.nats.ack_wait_ms),

@@ -1,4 +1,4 @@
-//! Parks long retries in the database, as many at once as have gathered.
+//! Parks what is to wait in the database, as many at once as have gathered: long retries, and what finds no room.
 
 use std::sync::Arc;
 
@@ -7,6 +7,7 @@ use bus_core::{
     pg::{self, Park},
     telemetry::Chain,
 };
+use metrics::counter;
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
@@ -19,6 +20,9 @@ use crate::{
 
 /// Rows of one statement.
 const BATCH: usize = 500;
+
+/// Deliveries that wait for the next statement. Each may have a body of 256 KiB, usually a few.
+const GATHERED: usize = 1_000;
 
 /// A delivery on its way into the database.
 #[derive(Debug)]
@@ -42,7 +46,7 @@ impl Parking {
         patience: Patience,
         tasks: &TaskTracker,
     ) -> Self {
-        let (sender, mut parked) = mpsc::channel(BATCH);
+        let (sender, mut parked) = mpsc::channel(GATHERED);
         tasks.spawn(async move {
             let mut batch = Vec::with_capacity(BATCH);
             while parked.recv_many(&mut batch, BATCH).await > 0 {
@@ -53,16 +57,22 @@ impl Parking {
     }
 
     /// Parks a delivery, and holds it until its row is committed, however long the database is away. At a stop
-    /// it is put back for as long as it would have waited.
-    pub(crate) async fn park(&self, park: Park, hold: Hold) {
+    /// it is put back for as long as it would have waited. `until_taken` is dropped once it is among those that are to be
+    /// parked: what a delivery takes while it is on its way there bounds how many are. `why` is for metrics.
+    pub(crate) async fn park<T>(&self, park: Park, hold: Hold, why: &'static str, until_taken: T) {
         let (wait, hold) = (park.wait, Arc::new(hold));
         let (done, parked) = oneshot::channel();
         let item = Item { park, hold: Arc::clone(&hold), done };
-        let handed_over = async { self.0.send(item).await.is_ok() && parked.await.is_ok() };
+        let handed_over = async {
+            let taken = self.0.send(item).await.is_ok();
+            drop(until_taken);
+            taken && parked.await.is_ok()
+        };
         let parked = held_during(&[&*hold], handed_over).await;
         // The other reference went before the answer came.
         let Some(hold) = Arc::into_inner(hold) else { return };
         if parked {
+            counter!("bus_parked", "reason" => why).increment(1);
             hold.ack().await;
         } else if !hold.is_lost() {
             hold.put_back(wait).await;
@@ -89,7 +99,7 @@ async fn park(pool: &PgPool, hints: &dyn Notifier, patience: &Patience, mut batc
             return;
         }
         if !said {
-            warn!(error = %Chain(&failed), deliveries = parked.len(), "Long retries are held until they can be parked");
+            warn!(error = %Chain(&failed), deliveries = parked.len(), "What is to be parked is held until it can be");
             said = true;
         }
         if patience.wait().await.is_none() {

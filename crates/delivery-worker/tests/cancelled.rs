@@ -19,6 +19,7 @@ use bus_core::{
     delivery::{DeliveryKey, Progress},
     ids::{ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     notify::{AnnounceError, Hint, MAX_AGE, MemoryNotifier, Notifier},
+    peers::Peers,
     pg::{self, Closed},
     queue::{Body, DeliveryQueue, Enqueue, MemoryQueue},
     sink::{AttemptReport, Outcome, Parcel, Sink},
@@ -28,12 +29,13 @@ use delivery_worker::{
     config::WorkerConfig,
     delivery::{Deliverer, Parts},
     lanes::Homes,
+    slots::Slots,
 };
 use devkit::{database::Database, servers::shared_servers, wait_until};
 use futures::{StreamExt as _, stream::BoxStream};
 use jiff::Timestamp;
 use sqlx::PgPool;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -135,6 +137,7 @@ impl Scene {
             pool: pool_of_worker.clone(),
             queue: Arc::new(queue.clone()),
             hints: Arc::new(hints.clone()),
+            peers: Peers::alone(),
             webhooks: Box::new(Subscriber(hints.clone(), seen)),
             settings: load::<WorkerConfig>(None, environment).unwrap().config.worker,
             lease: LEASE,
@@ -191,7 +194,7 @@ impl Scene {
     /// The worker takes what is in the queue and brings it to its end.
     async fn deliver(&self) {
         let leased = self.queue.pull(0, 1, DEADLINE).await.unwrap().next().await.unwrap().unwrap();
-        let slot = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let slot = Slots::new(1).acquire().await;
         tokio::time::timeout(DEADLINE, self.worker.deliver(leased, slot)).await.unwrap();
     }
 

@@ -148,20 +148,21 @@ impl Tenant {
     }
 }
 
-fn quantile(sorted: &[Duration], share: f64) -> Duration {
-    let place = ((sorted.len() as f64 - 1.0) * share).round() as usize;
+/// Of 1,000 that many take at most as long.
+fn quantile(sorted: &[Duration], of_1_000: usize) -> Duration {
+    let place = sorted.len().saturating_sub(1) * of_1_000 / 1_000;
     sorted.get(place).copied().unwrap_or_default()
 }
 
 fn show(what: &str, took: &[Duration]) {
-    let ms = |share| quantile(took, share).as_secs_f64() * 1e3;
+    let ms = |of_1_000| quantile(took, of_1_000).as_secs_f64() * 1e3;
     ui::line(format!(
         "{what}: {} deliveries, p50 {:.1} ms, p90 {:.1} ms, p99 {:.1} ms, max {:.1} ms",
         took.len(),
-        ms(0.5),
-        ms(0.9),
-        ms(0.99),
-        ms(1.0)
+        ms(500),
+        ms(900),
+        ms(990),
+        ms(1_000)
     ));
 }
 
@@ -216,7 +217,7 @@ impl Neighbours {
             let took = tenant.took(&victims).await?;
             step.done();
             show(&format!("{hanging} hang, the others"), &took);
-            p99.push(quantile(&took, 0.99).as_secs_f64());
+            p99.push(quantile(&took, 990).as_secs_f64());
         }
         Ok((p99[1] / p99[0], p99[2] / p99[0]))
     }
@@ -264,7 +265,7 @@ impl Neighbours {
         let flooded = victim.took(&[&all]).await?;
         step.done();
         show("during the flood", &flooded);
-        Ok((quantile(&quiet, 0.99), quantile(&flooded, 0.99)))
+        Ok((quantile(&quiet, 990), quantile(&flooded, 990)))
     }
 }
 

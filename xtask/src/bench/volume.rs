@@ -80,27 +80,20 @@ impl Volume {
         let total = self.events * subscriptions;
         let step =
             Step::begin(&format!("Publishing {} events for {subscriptions} subscriptions each", self.events));
-        let publishing = tokio::spawn(publish(api, self.events, subscriptions, Arc::clone(&arrived)));
-        let mut readings = Vec::new();
-        for tenth in 0..=10 {
-            let wanted = total * tenth / 10;
-            poll("the next tenth of the deliveries", DEADLINE, async || {
-                let distinct = lock(&arrived).distinct;
-                if publishing.is_finished() && distinct < wanted || distinct >= wanted {
-                    Ok(())
-                } else {
-                    Err(distinct)
-                }
-            })
-            .await?;
-            readings.push(read(&mut stack, lock(&arrived).distinct)?);
-        }
-        publishing.await??;
-        poll("every delivery", DEADLINE, async || {
-            let distinct = lock(&arrived).distinct;
-            if distinct == total { Ok(()) } else { Err(distinct) }
-        })
-        .await?;
+        let publishing = publish(api, self.events, subscriptions, Arc::clone(&arrived));
+        let reading = async {
+            let mut readings = Vec::new();
+            for tenth in 0..=10 {
+                poll("the next tenth of the deliveries", DEADLINE, async || {
+                    let distinct = lock(&arrived).distinct;
+                    if distinct >= total * tenth / 10 { Ok(()) } else { Err(distinct) }
+                })
+                .await?;
+                readings.push(read(&mut stack, lock(&arrived).distinct)?);
+            }
+            Ok(readings)
+        };
+        let ((), readings) = tokio::try_join!(publishing, reading)?;
         step.done();
 
         let pool = stack.owner_pool().await?;

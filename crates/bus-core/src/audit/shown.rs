@@ -53,6 +53,13 @@ pub(crate) fn connection(connection: &Connection) -> Value {
         shown["timeoutMs"] = json!(u64::try_from(webhook.timeout.as_millis()).unwrap_or(u64::MAX));
         shown["contentMode"] = json!(webhook.content_mode);
         shown["finalStatuses"] = json!(webhook.final_statuses);
+        if let Some(most) = webhook.limits.max_in_flight {
+            shown["maxInFlight"] = json!(most);
+        }
+        if let Some(rate) = webhook.limits.rate {
+            shown["ratePerSecond"] = json!(rate.per_second);
+            shown["burst"] = json!(rate.burst());
+        }
         if let Some((_, until)) = &webhook.previous_secret {
             shown["previousSecretUntil"] = json!(until);
         }

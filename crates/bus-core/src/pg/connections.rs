@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     audit::{Action, By, Change, TargetKind, shown},
-    connection::{Connection, ContentMode, Target, Webhook},
+    connection::{Connection, ContentMode, Limits, RateLimit, Target, Webhook},
     ids::{ConnectionId, OrganizationId},
     signature::SigningSecret,
 };
@@ -37,7 +37,7 @@ pub struct NewConnection {
 }
 
 /// What [`create_connection`] found.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum CreateConnection {
     /// It is there now.
     Created(Box<Connection>),
@@ -46,7 +46,7 @@ pub enum CreateConnection {
 }
 
 /// What [`change_connection`] found.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum ChangeConnection<E> {
     /// It is stored as it shall be; the version tells whether that needed a change.
     Stored(Box<Connection>),
@@ -67,11 +67,15 @@ struct ConnectionRow {
     version: i64,
     enabled: bool,
     disabled_reason: Option<String>,
+    failing_since: Option<jiff_sqlx::Timestamp>,
     url: Option<String>,
     headers: Json<BTreeMap<String, String>>,
     timeout_ms: i32,
     content_mode: String,
     final_statuses: Vec<i16>,
+    max_in_flight: Option<i32>,
+    rate_per_second: Option<f64>,
+    burst: Option<i32>,
     secret: Option<String>,
     previous_secret: Option<String>,
     previous_secret_until: Option<jiff_sqlx::Timestamp>,
@@ -81,8 +85,9 @@ struct ConnectionRow {
 
 macro_rules! columns {
     () => {
-        "id, organization_id, name, kind, version, enabled, disabled_reason, url, headers, timeout_ms, \
-         content_mode, final_statuses, secret, previous_secret, previous_secret_until, created_at, updated_at"
+        "id, organization_id, name, kind, version, enabled, disabled_reason, failing_since, url, headers, timeout_ms, \
+         content_mode, final_statuses, max_in_flight, rate_per_second, burst, secret, previous_secret, \
+         previous_secret_until, created_at, updated_at"
     };
 }
 
@@ -120,6 +125,7 @@ impl TryFrom<ConnectionRow> for Connection {
                         .iter()
                         .map(|status| u16::try_from(*status).map_err(|_| unfit("final_statuses")))
                         .collect::<Result<_, _>>()?,
+                    limits: row.limits().ok_or_else(|| unfit("max_in_flight or burst"))?,
                     secret: secret(row.secret.as_deref().unwrap_or_default(), "secret")?,
                     previous_secret: match (&row.previous_secret, row.previous_secret_until) {
                         (Some(text), Some(until)) => {
@@ -141,7 +147,17 @@ impl TryFrom<ConnectionRow> for Connection {
             updated_at: row.updated_at.to_jiff(),
             name: row.name,
             disabled_reason: row.disabled_reason,
+            failing_since: row.failing_since.map(jiff_sqlx::Timestamp::to_jiff),
         })
+    }
+}
+
+impl ConnectionRow {
+    fn limits(&self) -> Option<Limits> {
+        let number = |value: Option<i32>| value.map(u32::try_from).transpose().ok();
+        let burst = number(self.burst)?;
+        let rate = self.rate_per_second.map(|per_second| RateLimit { per_second, burst });
+        Some(Limits { max_in_flight: number(self.max_in_flight)?, rate })
     }
 }
 
@@ -153,6 +169,9 @@ struct TargetColumns {
     timeout_ms: i32,
     content_mode: &'static str,
     final_statuses: Vec<i16>,
+    max_in_flight: Option<i32>,
+    rate_per_second: Option<f64>,
+    burst: Option<i32>,
     secret: Option<String>,
     previous_secret: Option<String>,
     previous_secret_until: Option<jiff_sqlx::Timestamp>,
@@ -167,6 +186,9 @@ impl From<&Target> for TargetColumns {
             timeout_ms: 15_000,
             content_mode: "structured",
             final_statuses: Vec::new(),
+            max_in_flight: None,
+            rate_per_second: None,
+            burst: None,
             secret: None,
             previous_secret: None,
             previous_secret_until: None,
@@ -185,6 +207,11 @@ impl From<&Target> for TargetColumns {
             let statuses = webhook.final_statuses.iter();
             columns.final_statuses =
                 statuses.map(|status| i16::try_from(*status).unwrap_or(i16::MAX)).collect();
+            let number = |value: u32| i32::try_from(value).unwrap_or(i32::MAX);
+            let Limits { max_in_flight, rate } = webhook.limits;
+            columns.max_in_flight = max_in_flight.map(number);
+            columns.rate_per_second = rate.map(|rate| rate.per_second);
+            columns.burst = rate.and_then(|rate| rate.burst).map(number);
             columns.secret = Some(webhook.secret.expose());
             columns.previous_secret = previous.map(|(secret, _)| secret.expose());
             columns.previous_secret_until = previous.map(|(_, until)| until.to_sqlx());
@@ -204,8 +231,8 @@ pub async fn create_connection(
     lock_organization(&mut transaction, new.organization).await?;
     let row: Option<ConnectionRow> = sqlx::query_as(concat!(
         "INSERT INTO connections (id, organization_id, name, kind, enabled, url, headers, timeout_ms,
-                content_mode, final_statuses, secret)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+                content_mode, final_statuses, secret, max_in_flight, rate_per_second, burst)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
          ON CONFLICT (organization_id, name) WHERE deleted_at IS NULL DO NOTHING
          RETURNING ",
         columns!()
@@ -221,6 +248,9 @@ pub async fn create_connection(
     .bind(target.content_mode)
     .bind(target.final_statuses)
     .bind(target.secret)
+    .bind(target.max_in_flight)
+    .bind(target.rate_per_second)
+    .bind(target.burst)
     .fetch_optional(&mut *transaction)
     .await
     .during("create a connection")?;
@@ -314,7 +344,8 @@ pub async fn change_connection<E>(
         "UPDATE connections
             SET name = $3, kind = $4, enabled = $5, disabled_reason = $6, url = $7, headers = $8,
                 timeout_ms = $9, content_mode = $10, final_statuses = $11, secret = $12,
-                previous_secret = $13, previous_secret_until = $14, version = version + 1, updated_at = now()
+                previous_secret = $13, previous_secret_until = $14, max_in_flight = $15, rate_per_second = $16,
+                burst = $17, failing_since = $18, version = version + 1, updated_at = now()
           WHERE id = $1 AND organization_id = $2
           RETURNING ",
         columns!()
@@ -333,6 +364,10 @@ pub async fn change_connection<E>(
     .bind(target.secret)
     .bind(target.previous_secret)
     .bind(target.previous_secret_until)
+    .bind(target.max_in_flight)
+    .bind(target.rate_per_second)
+    .bind(target.burst)
+    .bind(after.failing_since.map(jiff_sqlx::Timestamp::from))
     .fetch_one(&mut *transaction)
     .await
     .during("change a connection");
@@ -344,11 +379,27 @@ pub async fn change_connection<E>(
     };
     bump_organization(&mut transaction, organization).await?;
     let changed = Connection::try_from(row)?;
+    if before.disabled_reason.is_some() && changed.enabled {
+        announce_enabled(&mut transaction, &changed).await?;
+    }
     let (before, after) = shown::changed_connection(&before, &changed);
     let change = Change::new(Action::ConnectionChanged, TargetKind::Connection, id);
     audit::record(&mut transaction, by, Some(organization), change.before(before).after(after)).await?;
     transaction.commit().await.during("commit a changed connection")?;
     Ok(ChangeConnection::Stored(Box::new(changed)))
+}
+
+/// Says by an event that a connection that the bus had disabled is enabled again.
+async fn announce_enabled(transaction: &mut PgConnection, connection: &Connection) -> Result<(), StoreError> {
+    let about = json!({ "connectionId": connection.id, "name": connection.name });
+    sqlx::query("SELECT announce_connection($1, $2, 'eventbus.connection.enabled', $3::json)")
+        .bind(connection.organization.0)
+        .bind(connection.id.0)
+        .bind(about.to_string())
+        .execute(transaction)
+        .await
+        .during("announce a connection that is enabled again")?;
+    Ok(())
 }
 
 /// Counts a change of what workers keep with a connection. Belongs in the change's own transaction, whose

@@ -109,9 +109,12 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
          ON CONFLICT (delivery_id) DO UPDATE
              SET state = 'waiting', attempts = excluded.attempts, turn = excluded.turn, since = excluded.since,
                  due_at = excluded.due_at, lease_until = '-infinity', reason = excluded.reason,
-                 connection_version = excluded.connection_version, last_status = excluded.last_status,
-                 last_body = NULL, last_error = excluded.last_error, last_attempt_at = excluded.last_attempt_at,
-                 last_duration_ms = excluded.last_duration_ms, changed_at = now()
+                 connection_version = excluded.connection_version, last_body = NULL, changed_at = now(),
+                 -- What is parked without an attempt keeps the last one.
+                 last_status = CASE WHEN excluded.last_attempt_at IS NULL THEN p.last_status ELSE excluded.last_status END,
+                 last_error = CASE WHEN excluded.last_attempt_at IS NULL THEN p.last_error ELSE excluded.last_error END,
+                 last_duration_ms = CASE WHEN excluded.last_attempt_at IS NULL THEN p.last_duration_ms ELSE excluded.last_duration_ms END,
+                 last_attempt_at = coalesce(excluded.last_attempt_at, p.last_attempt_at)
              WHERE p.state IN ('waiting', 'queued') AND p.turn < excluded.turn",
     )
     .bind(each(|key| key.id.0))

@@ -66,3 +66,38 @@ pub async fn disable_connection(
         .await
         .during("disable a connection")
 }
+
+/// Notes that the endpoint of a connection fails, and since when, unless the connection was changed since `version`. If
+/// that was noted longer than `after_s` seconds ago, 0 for never, the connection is disabled, which is true then; hints
+/// are the caller's to send.
+pub async fn note_failing(
+    pool: &PgPool,
+    organization: OrganizationId,
+    id: ConnectionId,
+    version: i64,
+    after_s: u64,
+) -> Result<bool, StoreError> {
+    sqlx::query_scalar("SELECT note_failing($1, $2, $3, $4)")
+        .bind(organization.0)
+        .bind(id.0)
+        .bind(version)
+        .bind(super::publish::seconds(after_s))
+        .fetch_one(pool)
+        .await
+        .during("note a connection that fails")
+}
+
+/// Notes that the endpoint of a connection works.
+pub async fn note_working(
+    pool: &PgPool,
+    organization: OrganizationId,
+    id: ConnectionId,
+) -> Result<(), StoreError> {
+    sqlx::query("SELECT note_working($1, $2)")
+        .bind(organization.0)
+        .bind(id.0)
+        .execute(pool)
+        .await
+        .during("note a connection that works")?;
+    Ok(())
+}

@@ -12,7 +12,7 @@ mod tls;
 use std::{collections::BTreeMap, time::Duration};
 
 use bus_core::{
-    connection::{Connection, ContentMode, Target, Webhook},
+    connection::{Connection, ContentMode, Limits, Target, Webhook},
     delivery::{Delivery, DeliveryKey},
     signature::SigningSecret,
     sink::{AttemptReport, Sink},
@@ -40,6 +40,7 @@ fn webhook(url: &str) -> Webhook {
         timeout: PATIENT,
         content_mode: ContentMode::Structured,
         final_statuses: Vec::new(),
+        limits: Limits::default(),
         secret: SigningSecret::parse(SECRET).unwrap(),
         previous_secret: None,
     }
@@ -53,6 +54,7 @@ fn connection(target: Target) -> Connection {
         version: 1,
         enabled: true,
         disabled_reason: None,
+        failing_since: None,
         target,
         created_at: at(),
         updated_at: at(),

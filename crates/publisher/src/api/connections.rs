@@ -1,5 +1,6 @@
 //! Connections: who publishes, and where events go.
 
+mod limits;
 mod patch;
 mod view;
 
@@ -25,6 +26,7 @@ use utoipa::ToSchema;
 
 pub(super) use self::view::ConnectionView;
 use self::{
+    limits::read_limits,
     patch::ConnectionPatch,
     view::{ContentModeName, Kind},
 };
@@ -66,6 +68,15 @@ pub(super) struct NewConnectionBody {
     /// delivery is not tried again. None if absent.
     #[schema(max_items = 50)]
     final_statuses: Option<Vec<u16>>,
+    /// Requests of a webhook that are under way at a time; as many as the bus is configured for if absent.
+    #[schema(minimum = 1, maximum = 10000)]
+    max_in_flight: Option<u32>,
+    /// Requests of a webhook per second; no limit if absent.
+    #[schema(minimum = 0.001, maximum = 100000)]
+    rate_per_second: Option<f64>,
+    /// How many requests may follow at once after a pause; those of one second if absent. Needs `ratePerSecond`.
+    #[schema(minimum = 1, maximum = 100000)]
+    burst: Option<u32>,
     /// Signs every request (Standard Webhooks): `whsec_` and the Base64 of 24 to 64 bytes. Generated if
     /// absent.
     #[schema(value_type = Option<String>, write_only)]
@@ -83,6 +94,9 @@ impl NewConnectionBody {
                 ("/timeoutMs", self.timeout_ms.is_some()),
                 ("/contentMode", self.content_mode.is_some()),
                 ("/finalStatuses", self.final_statuses.is_some()),
+                ("/maxInFlight", self.max_in_flight.is_some()),
+                ("/ratePerSecond", self.rate_per_second.is_some()),
+                ("/burst", self.burst.is_some()),
                 ("/secret", self.secret.is_some()),
             ];
             errors.extend(given.into_iter().filter(|(_, given)| *given).map(|(at, _)| receives_nothing(at)));
@@ -95,17 +109,19 @@ impl NewConnectionBody {
         let headers = read_headers(self.headers.unwrap_or_default());
         let timeout = self.timeout_ms.map_or(Ok(DEFAULT_TIMEOUT), read_timeout);
         let final_statuses = read_final_statuses(self.final_statuses.unwrap_or_default());
+        let limits = read_limits(self.max_in_flight, self.rate_per_second, self.burst);
         let secret = self.secret.map_or_else(|| Ok(generate_secret()), |text| read_secret(&text));
         // All of them before the first `?`: the client learns of every mistake at once.
         let (url, headers) = (keep(url, errors), keep(headers, errors));
         let (timeout, final_statuses) = (keep(timeout, errors), keep(final_statuses, errors));
-        let secret = keep(secret, errors);
+        let (limits, secret) = (keep(limits, errors), keep(secret, errors));
         Some(Target::Webhook(Box::new(Webhook {
             url: url?,
             headers: headers?,
             timeout: timeout?,
             content_mode: self.content_mode.map_or_else(ContentMode::default, Into::into),
             final_statuses: final_statuses?,
+            limits: limits?,
             secret: secret?,
             previous_secret: None,
         })))

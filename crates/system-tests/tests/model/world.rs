@@ -18,6 +18,7 @@ use bus_core::{
     ids::{ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     nats::Nats,
     notify::{MemoryNotifier, Notifier},
+    peers::Peers,
     queue::{Body, DeliveryQueue, Enqueue, JetStreamQueue, MemoryQueue, PostgresQueue},
     retry::RetryPolicy,
     sink::{AttemptReport, Outcome, Parcel, Sink},
@@ -27,12 +28,13 @@ use delivery_worker::{
     config::WorkerConfig,
     delivery::{Deliverer, Parts},
     lanes::Homes,
+    slots::Slots,
 };
 use devkit::{database::Database, servers::shared_servers};
 use jiff::Timestamp;
 use sqlx::PgPool;
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot},
+    sync::{mpsc, oneshot},
     task::AbortHandle,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -203,13 +205,14 @@ impl World {
         let wait = Duration::from_millis(20);
         let leased: Vec<_> = self.queue.pull(0, max, wait).await.unwrap().map(Result::unwrap).collect().await;
         assert!(leased.len() <= max, "asked for {max}, got {}", leased.len());
-        let slots = Arc::new(Semaphore::new(max));
+        // A lane so wide that no limit per connection matters.
+        let slots = Slots::new(max * 1_000);
         let mut started = BTreeMap::new();
         for leased in leased {
             let number = self.numbers.fetch_add(1, Ordering::Relaxed);
             let (worker, sender) = (Arc::clone(&self.workers[worker]), self.sender.clone());
             let id = leased.key.id;
-            let slot = Arc::clone(&slots).acquire_owned().await.unwrap();
+            let slot = slots.acquire().await;
             let task = tokio::spawn(async move {
                 worker.deliver(leased, slot).await;
                 // The test may be over.
@@ -256,12 +259,16 @@ fn worker(
         ..RetryPolicy::default()
     };
     settings.defer_min_ms = 1;
+    // What fails here fails for the sake of the model.
+    settings.breaker.enabled = false;
+    settings.connection.in_flight = 10_000;
     // Crashes are frequent here.
     settings.max_handed_out = 1_000;
     Deliverer::start(Parts {
         pool: pool.clone(),
         queue: Arc::clone(queue),
         hints: Arc::clone(hints),
+        peers: Peers::alone(),
         webhooks: Box::new(Subscriber(sender)),
         settings,
         lease: LEASE,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use bus_core::{
     address::AddressPolicy,
-    connection::{Connection, ContentMode, Target, Webhook},
+    connection::{Connection, ContentMode, Limits, Target, Webhook},
 };
 use jiff::{SignedDuration, Timestamp};
 use secrecy::SecretString;
@@ -13,7 +13,7 @@ use utoipa::ToSchema;
 
 use super::{
     ContentModeName, DEFAULT_TIMEOUT, FieldError, Kind, Problem, check_name, generate_secret,
-    read_final_statuses, read_headers, read_secret, read_timeout, read_url, receives_nothing,
+    read_final_statuses, read_headers, read_limits, read_secret, read_timeout, read_url, receives_nothing,
 };
 use crate::api::extract::present;
 
@@ -51,6 +51,18 @@ pub(in crate::api) struct ConnectionPatch {
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<Vec<u16>>, max_items = 50)]
     final_statuses: Option<Option<Vec<u16>>>,
+    /// `null` for as many as the bus is configured for.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<u32>, minimum = 1, maximum = 10000)]
+    max_in_flight: Option<Option<u32>>,
+    /// `null` for no limit; `burst` goes with it.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<f64>, minimum = 0.001, maximum = 100000)]
+    rate_per_second: Option<Option<f64>>,
+    /// `null` for the requests of one second.
+    #[serde(default, deserialize_with = "present")]
+    #[schema(value_type = Option<u32>, minimum = 1, maximum = 100000)]
+    burst: Option<Option<u32>>,
     /// A new signing secret; `null` to have one generated.
     #[serde(default, deserialize_with = "present")]
     #[schema(value_type = Option<String>, write_only)]
@@ -83,6 +95,10 @@ impl ConnectionPatch {
             connection.enabled = enabled.unwrap_or(true);
             connection.disabled_reason = connection.disabled_reason.filter(|_| !connection.enabled);
         }
+        // Whoever enables it, or sends it elsewhere, begins anew.
+        if self.enabled.is_some_and(|enabled| enabled.unwrap_or(true)) || self.url.is_some() {
+            connection.failing_since = None;
+        }
         let kind = match connection.target {
             Target::Webhook(_) => Kind::Webhook,
             Target::Publisher => Kind::Publisher,
@@ -108,10 +124,21 @@ impl ConnectionPatch {
             ("/timeoutMs", matches!(self.timeout_ms, Some(Some(_)))),
             ("/contentMode", matches!(self.content_mode, Some(Some(_)))),
             ("/finalStatuses", matches!(self.final_statuses, Some(Some(_)))),
+            ("/maxInFlight", matches!(self.max_in_flight, Some(Some(_)))),
+            ("/ratePerSecond", matches!(self.rate_per_second, Some(Some(_)))),
+            ("/burst", matches!(self.burst, Some(Some(_)))),
             // null would generate one
             ("/secret", self.secret.is_some()),
         ];
         errors.extend(set.into_iter().filter(|(_, set)| *set).map(|(at, _)| receives_nothing(at)));
+    }
+
+    fn limits(&self, now: Limits) -> Result<Limits, FieldError> {
+        let rate = self.rate_per_second.unwrap_or(now.rate.map(|rate| rate.per_second));
+        let burst = self.burst.unwrap_or(now.rate.and_then(|rate| rate.burst));
+        // Without a rate none that it had before.
+        let burst = burst.filter(|_| rate.is_some() || self.burst.is_some());
+        read_limits(self.max_in_flight.unwrap_or(now.max_in_flight), rate, burst)
     }
 
     fn apply_target(
@@ -121,6 +148,7 @@ impl ConnectionPatch {
         now: Timestamp,
         new_secret: &mut Option<String>,
     ) -> Result<(), FieldError> {
+        webhook.limits = self.limits(webhook.limits)?;
         if let Some(url) = self.url {
             let url = url.ok_or_else(|| FieldError::at("/url", "a webhook needs a url"))?;
             webhook.url = read_url(&url, addresses)?;

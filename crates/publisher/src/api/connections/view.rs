@@ -71,6 +71,10 @@ pub(in crate::api) struct ConnectionView {
     /// name contains auth, cookie, credential, key, password, secret, signature or token.
     #[serde(skip_serializing_if = "Option::is_none")]
     headers: Option<BTreeMap<String, String>>,
+    /// Since when every attempt has failed, while the bus leaves the endpoint alone now and then; gone after a success.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    failing_since: Option<Timestamp>,
     /// Only of a webhook; milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     timeout_ms: Option<u64>,
@@ -80,6 +84,15 @@ pub(in crate::api) struct ConnectionView {
     /// Only of a webhook: answers with one of these HTTP statuses are final. In ascending order.
     #[serde(skip_serializing_if = "Option::is_none")]
     final_statuses: Option<Vec<u16>>,
+    /// Only of a webhook that has one of its own: requests under way at a time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_in_flight: Option<u32>,
+    /// Only of a webhook that has a rate limit: requests per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_per_second: Option<f64>,
+    /// Only of a webhook that has a rate limit: how many requests may follow at once after a pause.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    burst: Option<u32>,
     /// A new signing secret, shown once when it is set.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(read_only)]
@@ -98,11 +111,15 @@ impl From<Connection> for ConnectionView {
             kind: Kind::Publisher,
             enabled: connection.enabled,
             disabled_reason: connection.disabled_reason,
+            failing_since: connection.failing_since,
             url: None,
             headers: None,
             timeout_ms: None,
             content_mode: None,
             final_statuses: None,
+            max_in_flight: None,
+            rate_per_second: None,
+            burst: None,
             secret: None,
             created_at: connection.created_at,
             updated_at: connection.updated_at,
@@ -114,6 +131,9 @@ impl From<Connection> for ConnectionView {
             view.timeout_ms = u64::try_from(webhook.timeout.as_millis()).ok();
             view.content_mode = Some(webhook.content_mode.into());
             view.final_statuses = Some(webhook.final_statuses);
+            view.max_in_flight = webhook.limits.max_in_flight;
+            view.rate_per_second = webhook.limits.rate.map(|rate| rate.per_second);
+            view.burst = webhook.limits.rate.map(|rate| rate.burst());
         }
         view
     }
