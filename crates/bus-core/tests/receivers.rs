@@ -6,10 +6,11 @@ use std::{collections::HashMap, time::Duration};
 
 use bus_core::{
     audit::By,
+    cloudevent::CloudEvent,
     connection::{Connection, ContentMode, Limits, Target, Webhook},
     ids::{ConnectionId, Ids as _, OrganizationId, SubscriptionId, SystemIds},
     pattern::TypePattern,
-    pg::{self, ChangeConnection, CreateConnection, CreateSubscription, NewConnection, Wanted},
+    pg::{self, ChangeConnection, CreateConnection, CreateSubscription, NewConnection, PageRequest, Wanted},
     retry::RetryOverride,
     signature::SigningSecret,
     subscription::{BatchPolicy, SubscriptionRules},
@@ -220,6 +221,64 @@ async fn disabling_and_changing_at_once_wait_for_each_other() {
             .await
             .unwrap();
     }
+    fixture.end().await;
+}
+
+#[tokio::test]
+async fn i7_a_connection_that_fails_is_noted_once_and_disabled_after_a_time_with_an_event() {
+    const DAY: u64 = 86_400;
+    let fixture = Fixture::new().await;
+    let connection = fixture.connection("hook").await;
+    let organization = fixture.organization;
+    let fails = async |version, after_s| {
+        pg::note_failing(&fixture.worker, organization, connection, version, after_s).await.unwrap()
+    };
+    let before = fixture.versions(connection).await;
+    assert!(!fails(2, DAY).await, "another version was attempted");
+    assert_eq!(fixture.read(connection).await.failing_since, None);
+    assert!(!fails(1, DAY).await);
+    let since = fixture.read(connection).await.failing_since;
+    assert!(since.is_some());
+    assert!(!fails(1, DAY).await && !fails(1, 0).await);
+    assert_eq!(fixture.read(connection).await.failing_since, since, "it is the first time that counts");
+    pg::note_working(&fixture.worker, organization, connection).await.unwrap();
+    assert_eq!(fixture.read(connection).await.failing_since, None);
+    assert_eq!(fixture.versions(connection).await, before, "nothing of it matters to deliveries");
+
+    fails(1, DAY).await;
+    sqlx::query("UPDATE connections SET failing_since = now() - interval '25 hours'")
+        .execute(&fixture.pool)
+        .await
+        .unwrap();
+    assert!(!fails(1, 0).await, "never");
+    assert!(fails(1, DAY).await);
+    assert!(!fails(1, DAY).await, "it is disabled already");
+    let shown = fixture.read(connection).await;
+    assert!(!shown.enabled && shown.failing_since.is_some());
+    let reason = shown.disabled_reason.unwrap();
+    assert!(reason.starts_with("failing since "), "{reason}");
+    assert_eq!(fixture.versions(connection).await, (before.0 + 1, before.1 + 1));
+    let page = PageRequest { after: None, limit: 10 };
+    let due = pg::scheduled_events(&fixture.pool, organization, true, page).await.unwrap();
+    let [scheduled] = &due.items[..] else { panic!("{due:?}") };
+    let event = CloudEvent::from_structured(&scheduled.event.body).unwrap();
+    assert_eq!(scheduled.event.r#type, "eventbus.connection.disabled");
+    assert_eq!(event.source, format!("/connections/{connection}"));
+    assert_eq!(
+        scheduled.event.uid.received_at().map(|at| at.as_second()),
+        Some(scheduled.due_at.as_second())
+    );
+
+    // Whoever enables it again is told, too.
+    let enable = |mut connection: Connection| {
+        (connection.enabled, connection.disabled_reason, connection.failing_since) = (true, None, None);
+        Ok::<_, ()>(connection)
+    };
+    let by = By::system(SystemIds.next());
+    pg::change_connection(&fixture.pool, organization, connection, enable, &by).await.unwrap();
+    let due = pg::scheduled_events(&fixture.pool, organization, false, page).await.unwrap();
+    let types: Vec<&str> = due.items.iter().map(|item| item.event.r#type.as_str()).collect();
+    assert_eq!(types, ["eventbus.connection.disabled", "eventbus.connection.enabled"]);
     fixture.end().await;
 }
 

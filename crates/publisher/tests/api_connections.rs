@@ -260,3 +260,45 @@ async fn every_change_counts_up_the_versions() {
     assert_eq!((version().await, connection_version().await), (7, 3));
     bus.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_are_set_shown_and_removed() {
+    let bus = Bus::start().await;
+    let tenant = bus.tenant("acme").await;
+    let api = &tenant.api;
+    let new =
+        json!({ "name": "slow", "kind": "webhook", "url": URL, "maxInFlight": 8, "ratePerSecond": 2.5 });
+    let created = api.post("/v1/connections", new).await.expect(201);
+    let path = format!("/v1/connections/{}", created.id());
+    let limits = |body: &Value| {
+        let of = |name: &str| body.get(name).cloned().unwrap_or(Value::Null);
+        json!([of("maxInFlight"), of("ratePerSecond"), of("burst")])
+    };
+    assert_eq!(limits(&created.body), json!([8, 2.5, 3]));
+    for (patch, expected) in [
+        (json!({ "burst": 100 }), json!([8, 2.5, 100])),
+        (json!({ "maxInFlight": null, "ratePerSecond": 50 }), json!([null, 50.0, 100])),
+        (json!({ "burst": null }), json!([null, 50.0, 50])),
+        (json!({ "name": "other" }), json!([null, 50.0, 50])),
+        (json!({ "burst": 7 }), json!([null, 50.0, 7])),
+        (json!({ "ratePerSecond": null }), json!([null, null, null])),
+    ] {
+        let changed = api.patch(&path, patch.clone()).await.expect(200);
+        assert_eq!(limits(&changed.body), expected, "{patch}");
+        assert_eq!(limits(&api.get(&path).await.expect(200).body), expected);
+    }
+    for (patch, pointer) in [
+        (json!({ "maxInFlight": 0 }), "/maxInFlight"),
+        (json!({ "maxInFlight": 10_001 }), "/maxInFlight"),
+        (json!({ "ratePerSecond": 0 }), "/ratePerSecond"),
+        (json!({ "ratePerSecond": 100_001 }), "/ratePerSecond"),
+        (json!({ "ratePerSecond": 1, "burst": 0 }), "/burst"),
+        (json!({ "burst": 5 }), "/burst"),
+    ] {
+        let refused = api.patch(&path, patch).await;
+        assert_eq!(pointers(&refused), [pointer]);
+    }
+    let publisher = json!({ "name": "p", "kind": "publisher", "maxInFlight": 1 });
+    assert_eq!(pointers(&api.post("/v1/connections", publisher).await), ["/maxInFlight"]);
+    bus.stop().await;
+}

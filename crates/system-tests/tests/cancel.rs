@@ -44,10 +44,10 @@ impl Bus {
 
     async fn with(options: StackOptions) -> Self {
         let publishers = options.replicas[&Role::Publisher];
-        // Few slots, so that what is published stands in the queue.
+        // Few slots, of which one connection takes half, so that what is published waits.
         let options = options
             .env("EVENT_BUS_LANES", 1)
-            .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__IN_FLIGHT", 4)
+            .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__IN_FLIGHT", 8)
             .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__RETRY__BASE_MS", 50)
             .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__RETRY__CAP_MS", 50);
         let mut stack = Stack::start(options).await.unwrap();

@@ -98,7 +98,9 @@ async fn i4_after_ten_kills_of_each_server_every_attempt_is_accounted_for() {
         .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__RETRY__MAX_ATTEMPTS", 3)
         .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__RETRY__BASE_MS", 1_000)
         .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__RETRY__FACTOR", 6.5)
-        .env("EVENT_BUS_NATS__ACK_WAIT_MS", QUICK_ACK_WAIT_MS);
+        .env("EVENT_BUS_NATS__ACK_WAIT_MS", QUICK_ACK_WAIT_MS)
+        // The hopeless one is to be called again and again.
+        .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__BREAKER__ENABLED", false);
     let mut stack = Stack::start(options).await.unwrap();
     let receiver = Receiver::start().await.unwrap();
     let tenant = Tenant::create(&mut stack, "acme").await.unwrap();

@@ -41,6 +41,8 @@ pub(super) struct Known {
     /// Requests that have a place, and how many may.
     in_flight: u32,
     most_in_flight: u32,
+    /// As many places as it has found free lately: its lane may have room for fewer than it may take.
+    room: u32,
     /// The slots of lanes that they hold.
     slots: usize,
     /// Those who wait for a place, first come, first served.
@@ -70,6 +72,7 @@ impl Known {
             pace: Pace::new(now),
             in_flight: 0,
             most_in_flight: 1,
+            room: 0,
             slots: 0,
             waiting: VecDeque::new(),
             moved_at: now,
@@ -136,6 +139,7 @@ impl Known {
             self.moved_at = now;
         }
         self.in_flight += 1;
+        self.room = self.room.max(self.in_flight);
         self.slots += slots;
         lane.take(slots);
         Place {
@@ -179,7 +183,7 @@ impl Known {
     }
 
     /// One more is parked, from `from` on at the earliest. They come back as fast as they can be delivered, as far as
-    /// that is known.
+    /// that is known, and a little faster, so that more room is found when there is some.
     pub(super) fn park(
         &mut self,
         why: Why,
@@ -188,7 +192,10 @@ impl Known {
         now: Instant,
         random: f64,
     ) -> Refusal {
-        let known = self.mean.filter(|_| why != Why::CircuitOpen).map(|mean| mean / shares.in_flight.max(1));
+        if why == Why::NoPlace {
+            self.room = self.in_flight;
+        }
+        let known = self.mean.filter(|_| why != Why::CircuitOpen).map(|mean| mean / (self.room + 1));
         let interval =
             known.unwrap_or(shares.backlog).max(shares.rate.map_or(Duration::ZERO, Rate::interval));
         Refusal { why, wait: self.pace.next(now, from, interval, random) }

@@ -25,9 +25,10 @@ impl Pace {
         Self { last: now }
     }
 
-    /// Whether some are to be back before anybody who comes now.
+    /// Whether some are to be back later than anybody who would be parked now for the shortest time: whoever comes now
+    /// would overtake them.
     pub(crate) fn is_ahead(&self, now: Instant) -> bool {
-        self.last > now
+        self.last > now + SHORTEST
     }
 
     /// How long one more is parked: until `interval` after the last one, and after `from`. `random` is in `0.0..1.0`.
@@ -55,11 +56,12 @@ mod tests {
         let from = now + Duration::from_secs(5);
         let waits: Vec<u128> = (0..3).map(|_| pace.next(now, from, INTERVAL, 0.5).as_millis()).collect();
         assert_eq!(waits, [5_100, 5_200, 5_300]);
-        assert!(pace.is_ahead(from));
+        assert!(pace.is_ahead(from - SHORTEST));
+        assert!(!pace.is_ahead(from));
         let later = now + Duration::from_secs(60);
         assert!(!pace.is_ahead(later));
         assert_eq!(pace.next(later, later, INTERVAL, 0.5), SHORTEST);
-        assert!(!pace.is_ahead(later + INTERVAL), "those who come then need not wait, too");
+        assert!(!pace.is_ahead(later), "a single one does not make others wait");
     }
 
     #[tokio::test]

@@ -106,7 +106,10 @@ async fn i7_who_does_not_answer_is_parked_after_a_second_and_others_have_room() 
     assert_eq!(why(worker.new_one(&hog).await), Why::NoPlace, "it is not known yet, and may be quick");
     // From now on it is known that nothing moves.
     let refused = worker.at_once(&hog).unwrap().unwrap_err();
-    assert_eq!(refused.why, Why::Behind, "others are parked before it");
+    assert_eq!(refused.why, Why::NoPlace);
+    let waits: Vec<Refusal> = (0..20).map(|_| worker.at_once(&hog).unwrap().unwrap_err()).collect();
+    assert_eq!(waits[19].why, Why::Behind, "others are parked before it");
+    assert!(waits.windows(2).all(|two| two[0].wait <= two[1].wait), "{waits:?}");
     assert!(worker.at_once(&victim).unwrap().is_ok());
     drop(places);
 }
@@ -164,6 +167,9 @@ async fn an_open_circuit_sends_all_away_until_a_probe_succeeds() {
     assert_eq!((told.why, told.wait), (Why::CircuitOpen, period + Duration::from_millis(100)));
     let next = worker.at_once(&endpoint).unwrap().unwrap_err();
     assert_eq!((next.why, next.wait), (Why::CircuitOpen, period + Duration::from_millis(200)));
+    for _ in 0..18 {
+        worker.at_once(&endpoint).unwrap().unwrap_err();
+    }
     drop(under_way);
     sleep(period).await;
     let mut probe = worker.at_once(&endpoint).unwrap().unwrap();
