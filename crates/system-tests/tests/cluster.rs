@@ -189,6 +189,9 @@ async fn a_partition_from_postgres_is_told_and_survived() {
     let (mut stack, receiver, tenant) = started(options().proxied()).await;
     let before: Vec<u32> = stack.processes().map(|process| process.id().unwrap().pid).collect();
     all_arrived(&receiver, &PATHS, &publish(&tenant, 10).await).await;
+    // Slow at first, so that everybody waits for an answer when none comes any more.
+    stack.proxies().postgres.set(Network::Slow(Duration::from_millis(400)));
+    publish(&tenant, 3).await;
     stack.proxies().postgres.set(Network::BlackHole);
     let asked = Instant::now();
     let event = serde_json::json!({ "type": "load.test" });

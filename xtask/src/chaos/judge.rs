@@ -7,7 +7,9 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::ledger::{Accepted, Dead, Endpoint, Entry, Line, Phase, Request};
 
-/// What a fault disturbs comes out a little later: what was held is handed out again, and what was buffered arrives.
+/// What a fault disturbs comes out a little later: what was held is handed out again, and what was buffered arrives. If
+/// an attempt was disturbed that another one follows, both it and its repetition may be followed by one; so what came of
+/// a delivery is excused by whatever happened since its first attempt.
 const AFTERWARDS: SignedDuration = SignedDuration::from_secs(15);
 
 /// Something that must not be.
@@ -296,13 +298,15 @@ fn settle(
     }
     for (delivery, attempts) in seen {
         let ids = [id, event.uid, *delivery];
+        let disturbed =
+            |until: Timestamp| attempts.first().is_some_and(|first| disturbances.between(first.at, until));
         let mut took: Option<Timestamp> = None;
         for attempt in attempts {
             let Some(first) = took else {
                 took = attempt.taken().then_some(attempt.at);
                 continue;
             };
-            if disturbances.between(first, attempt.at) {
+            if disturbed(attempt.at) {
                 judgement.repeats += 1;
             } else {
                 let told = format!("{place}: taken at {first}, and came again at {}", attempt.at);
@@ -314,7 +318,7 @@ fn settle(
         {
             let wait = before.after_ms.unwrap_or(endpoint.wait_ms);
             let soonest = before.at + SignedDuration::from_millis(i64::try_from(wait).unwrap_or(i64::MAX));
-            if next.at < soonest && !disturbances.between(before.at, next.at) {
+            if next.at < soonest && !disturbed(next.at) {
                 let told =
                     format!("{place}: came at {}, and again at {}, before {soonest}", before.at, next.at);
                 judgement.find(Kind::Early, &ids, told);

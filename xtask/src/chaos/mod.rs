@@ -44,6 +44,7 @@ use crate::{
 /// How many of each binary.
 const REPLICAS: usize = 2;
 const LANES: usize = 4;
+const AFTER_THE_LAST: Duration = Duration::from_secs(5);
 /// No exchange may take longer, so that what a dead worker held comes back soon.
 const MAX_TIMEOUT_MS: u64 = 2_000;
 const ACK_WAIT_MS: u64 = 7_500;
@@ -85,7 +86,7 @@ impl Chaos {
     pub(crate) fn short(bin_dir: PathBuf) -> Self {
         Self {
             seed: Some(1),
-            minutes: 0.75,
+            minutes: 0.8,
             faults: Vec::new(),
             cluster: false,
             postgres_only: false,
@@ -180,7 +181,8 @@ impl Chaos {
             room: None,
         };
         for (number, planned) in faults::plan(seed, faults).enumerate() {
-            if run.begun.elapsed() + planned.after >= length {
+            // The load goes on for a while after the last one, so that one sees when the bus is back.
+            if run.begun.elapsed() + planned.after + planned.lasts + AFTER_THE_LAST >= length {
                 break;
             }
             sleep(planned.after).await;
