@@ -2,7 +2,7 @@
 //!
 //! An idle scheduler asks that one question once in [`IDLE`], and nothing else.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     launcher::{BoxError, Heartbeat},

@@ -9,13 +9,13 @@ mod faults;
 mod judge;
 mod ledger;
 mod load;
+mod memory;
 mod report;
 mod scene;
 
 use std::{
-    collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
@@ -23,12 +23,11 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Args, ValueEnum as _};
 use devkit::{
     paths::target_dir,
-    process::resident_memory,
     processes::Role,
     servers::Durability,
     stack::{Backend, ServerChoice, Stack, StackOptions},
 };
-use tokio::{task::JoinHandle, time::sleep};
+use tokio::time::sleep;
 
 use self::{
     faults::{Breaker, Fault, Planned, Target},
@@ -172,7 +171,7 @@ impl Chaos {
         let places: Vec<_> = (0..REPLICAS).map(|index| Some(stack.publisher(index).http_url())).collect();
         let publishers: Publishers = Arc::new(RwLock::new(places));
         let load = Load::start(seed, self.rate, scene.tenants.clone(), publishers.clone(), ledger.clone());
-        let mut watch = MemoryWatch::start(stack);
+        let mut watch = memory::Watch::start(stack);
         let run = Run { ledger, publishers: &publishers, begun: Instant::now() };
         let mut breaker = Breaker {
             replicas: REPLICAS,
@@ -202,7 +201,7 @@ impl Chaos {
             .into_iter()
             .map(|(tenant, schedule)| (tenant.at(&stack.publisher(0).http_url()), schedule))
             .collect();
-        let settled = account::settled(stack, &tenants, &schedules).await?;
+        let settled = account::settled(stack, &tenants, &schedules, faults.contains(&Fault::Stream)).await?;
         account::note(&tenants, &schedules, ledger).await?;
         watch.finish(ledger).await;
         step.done();
@@ -259,63 +258,14 @@ impl Run<'_> {
     }
 
     fn note(&self, number: usize, fault: Fault, target: Target, phase: Phase) {
-        let (kind, target, repeats) = (fault.name(), target.to_string(), fault.repeats());
-        self.ledger.write(Entry::Fault { number, kind, target, phase, repeats });
+        let (kind, target, aftermath_s) = (fault.name(), target.to_string(), fault.aftermath_s());
+        self.ledger.write(Entry::Fault { number, kind, target, phase, aftermath_s });
     }
 
     /// Tells the load where a publisher is.
     fn publisher(&self, target: Target, place: Option<String>) {
         if let Target::Process(Role::Publisher, index) = target {
             self.publishers.write().unwrap_or_else(PoisonError::into_inner)[index] = place;
-        }
-    }
-}
-
-/// Looks once a second how much memory each process has in use.
-struct MemoryWatch {
-    processes: Arc<Mutex<BTreeMap<String, u32>>>,
-    most: Arc<Mutex<BTreeMap<String, u64>>>,
-    task: JoinHandle<()>,
-}
-
-impl MemoryWatch {
-    fn start(stack: &mut Stack) -> Self {
-        let (processes, most) =
-            (Arc::<Mutex<BTreeMap<String, u32>>>::default(), Arc::<Mutex<BTreeMap<String, u64>>>::default());
-        let (watched, noted) = (Arc::clone(&processes), Arc::clone(&most));
-        let task = tokio::spawn(async move {
-            loop {
-                let now = watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                for (name, pid) in now {
-                    // One that was just killed has none.
-                    let bytes = resident_memory(pid).unwrap_or_default();
-                    let mut noted = noted.lock().unwrap_or_else(PoisonError::into_inner);
-                    let most = noted.entry(name).or_default();
-                    *most = (*most).max(bytes);
-                }
-                sleep(Duration::from_secs(1)).await;
-            }
-        });
-        let mut watch = Self { processes, most, task };
-        watch.follow(stack);
-        watch
-    }
-
-    /// Processes get new numbers when they are started again.
-    fn follow(&mut self, stack: &mut Stack) {
-        let mut processes = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
-        for process in stack.processes() {
-            if let Some(id) = process.id() {
-                processes.insert(process.name().to_owned(), id.pid);
-            }
-        }
-    }
-
-    async fn finish(self, ledger: &Ledger) {
-        self.task.abort();
-        let most = std::mem::take(&mut *self.most.lock().unwrap_or_else(PoisonError::into_inner));
-        for (process, bytes) in most {
-            ledger.write(Entry::Memory { process, bytes });
         }
     }
 }
