@@ -41,7 +41,7 @@ pub(crate) async fn run(
     let mut copier = Copier { pool, nats, consumer: None, looked: None };
     while !stop.is_cancelled() {
         beat.beat();
-        if let Err(failed) = copier.copy_once().await {
+        if let Err(failed) = pg::answered("bring receipts to history", copier.copy_once()).await {
             warn!(error = %Chain(failed.as_ref()), "History lags behind");
             // It may have been deleted; the next round looks it up, and creates it if it is gone.
             copier.consumer = None;

@@ -109,8 +109,8 @@ impl Leases {
         pause: &mut Duration,
     ) -> Result<bool, ArchiveError> {
         let source = work.source();
-        let Some(lease) = pg::take_archive_lease(&self.pool, source, &self.holder, self.seconds).await?
-        else {
+        let asked = pg::take_archive_lease(&self.pool, source, &self.holder, self.seconds);
+        let Some(lease) = pg::answered("take the lease of an archive source", asked).await? else {
             return Ok(false);
         };
         info!(source, epoch = lease.epoch, "Holds the lease of an archive source");
@@ -121,7 +121,8 @@ impl Leases {
             () = stop.cancelled() => Ok(()),
         };
         if !matches!(result, Err(ArchiveError::LeaseLost(_))) {
-            pg::release_archive_lease(&self.pool, &lease).await?;
+            let released = pg::release_archive_lease(&self.pool, &lease);
+            pg::answered("give back the lease of an archive source", released).await?;
         }
         if done > 0 {
             // It worked for a while: the next failure is a first one.
@@ -135,7 +136,8 @@ impl Leases {
         loop {
             tokio::time::sleep(Duration::from_secs(u64::from(self.seconds)) / 3).await;
             beat.beat();
-            match pg::renew_archive_lease(&self.pool, lease, self.seconds).await {
+            let renewed = pg::renew_archive_lease(&self.pool, lease, self.seconds);
+            match pg::answered("renew the lease of an archive source", renewed).await {
                 Ok(true) => {}
                 Ok(false) => return ArchiveError::LeaseLost(lease.source.clone()),
                 // As long as nobody else has it, it is ours.

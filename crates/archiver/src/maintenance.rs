@@ -31,7 +31,7 @@ impl Maintenance {
     pub(crate) async fn run(self, beat: Heartbeat, stop: CancellationToken) -> Result<(), BoxError> {
         while !stop.is_cancelled() {
             beat.beat();
-            match self.round().await {
+            match pg::answered("keep the database in shape", self.round()).await {
                 // As much as one statement takes: there is more.
                 Ok(swept) if swept >= u64::from(SWEEP) => continue,
                 Ok(_) => {}

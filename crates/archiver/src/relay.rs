@@ -32,7 +32,7 @@ pub(crate) async fn run(
 ) -> Result<(), BoxError> {
     while !stop.is_cancelled() {
         beat.beat();
-        match relay_once(&pool, &nats).await {
+        match pg::answered("publish audit records", relay_once(&pool, &nats)).await {
             Ok(BATCH) => continue,
             Ok(_) => {}
             Err(failed) => warn!(error = %Chain(failed.as_ref()), "Audit records wait for the audit stream"),

@@ -2,7 +2,7 @@
 //!
 //! An idle scheduler asks that one question once in [`IDLE`], and nothing else.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     launcher::{BoxError, Heartbeat},
@@ -66,7 +66,8 @@ impl Due {
         beat: Heartbeat,
         stop: CancellationToken,
     ) -> Result<(), BoxError> {
-        self.follow_with(async move || pg::agenda(&pool).await, beat, stop).await
+        let agenda = async move || pg::answered("ask what is due", pg::agenda(&pool)).await;
+        self.follow_with(agenda, beat, stop).await
     }
 
     async fn follow_with(
@@ -119,14 +120,14 @@ impl Loop {
     /// Runs until the stop. `look` does what is due, or a part of it, and answers how long there is nothing more.
     pub(crate) async fn run<E>(self, look: impl AsyncFn() -> Result<Duration, E>) -> Result<(), BoxError>
     where
-        E: std::error::Error + fmt::Debug + 'static,
+        E: std::error::Error + From<StoreError> + 'static,
     {
         let mut read = self.due.read.subscribe();
         while let Some(()) = self.stop.run_until_cancelled(self.until_due(&mut read)).await {
             let mut found = false;
             loop {
                 self.beat.beat();
-                match look().await {
+                match pg::answered(self.what, look()).await {
                     Ok(Duration::ZERO) if !self.stop.is_cancelled() => found = true,
                     Ok(_) => break,
                     Err(failed) => {

@@ -86,7 +86,7 @@ async fn park(pool: &PgPool, hints: &dyn Notifier, patience: &Patience, mut batc
         // Somebody else has what was held for too long, and has perhaps delivered it.
         batch.retain(|item| !item.hold.is_lost());
         let parked: Vec<Park> = batch.iter().map(|item| item.park.clone()).collect();
-        let Err(failed) = pg::park(pool, &parked).await else { break };
+        let Err(failed) = pg::answered("park deliveries", pg::park(pool, &parked)).await else { break };
         if !failed.is_unavailable() {
             // One of them cannot be stored, and must not keep the others from it.
             if let [one] = &batch[..] {

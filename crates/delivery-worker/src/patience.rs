@@ -3,7 +3,11 @@
 
 use std::{error::Error, sync::Arc, time::Duration};
 
-use bus_core::{launcher::BoxError, pg::StoreError, telemetry::Chain};
+use bus_core::{
+    launcher::BoxError,
+    pg::{self, StoreError},
+    telemetry::Chain,
+};
 use futures::future::join_all;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -35,7 +39,7 @@ impl Patience {
         // One of a batch stands for all.
         let first = holds.first().map(|hold| tracing::field::display(hold.key.id));
         loop {
-            match held_during(holds, attempt()).await {
+            match held_during(holds, pg::answered("bring a delivery on", attempt())).await {
                 Ok(done) => {
                     if said {
                         info!(delivery.id = first, "The delivery goes on");

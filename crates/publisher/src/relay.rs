@@ -44,7 +44,8 @@ impl Relay {
     pub(crate) async fn run(self) -> Result<(), BoxError> {
         while !self.stop.is_cancelled() {
             self.beat.beat();
-            match pg::take_over(&self.pool, ROWS, self.config.outbox_lease_s).await {
+            let taken = pg::take_over(&self.pool, ROWS, self.config.outbox_lease_s);
+            match pg::answered("take over unfinished fan-outs", taken).await {
                 Ok(rows) => {
                     let full = rows.len() == ROWS as usize;
                     let finished = join_all(rows.into_iter().map(|row| self.finish(row))).await;
@@ -55,7 +56,7 @@ impl Relay {
                 }
                 Err(failed) => warn!(error = %Chain(&failed), "Unfinished fan-outs wait"),
             }
-            match pg::outbox_age(&self.pool).await {
+            match pg::answered("read the outbox's age", pg::outbox_age(&self.pool)).await {
                 Ok(age) => gauge!("bus_outbox_oldest_seconds").set(age),
                 Err(failed) => warn!(error = %Chain(&failed), "The outbox's age is unknown"),
             }
@@ -84,7 +85,8 @@ impl Relay {
         while !left.is_empty() {
             let (events, rest) = left.split_at(left.len().min(EVENTS));
             let mut chunks = Chunks::new(self.queue.as_ref(), Progress::new(self.clock.now()));
-            for event in pg::load_fan_out(&self.pool, events).await? {
+            let loaded = pg::load_fan_out(&self.pool, events);
+            for event in pg::answered("load a fan-out", loaded).await? {
                 for key in &event.deliveries {
                     chunks.push(*key, event.lane, &event.body).await?;
                     self.beat.beat();
@@ -93,10 +95,11 @@ impl Relay {
             chunks.finish().await?;
             left = rest;
             if !left.is_empty() {
-                pg::advance_outbox(&self.pool, row.id, left, self.config.outbox_lease_s).await?;
+                let advanced = pg::advance_outbox(&self.pool, row.id, left, self.config.outbox_lease_s);
+                pg::answered("note how far a fan-out is", advanced).await?;
             }
         }
-        pg::finish_outbox(&self.pool, &[row.id]).await?;
+        pg::answered("finish a fan-out", pg::finish_outbox(&self.pool, &[row.id])).await?;
         Ok(())
     }
 }

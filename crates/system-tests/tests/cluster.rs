@@ -9,14 +9,20 @@ use std::{
 };
 
 use async_nats::jetstream;
+use bus_core::{
+    config::load_common,
+    nats::Nats,
+    streams::{Loss, apply, existing, plan},
+};
 use devkit::{
     processes::Role,
     proxy::Network,
     receiver::{Answer, Receiver},
-    servers::{Durability, connect_nats},
+    servers::{Durability, NatsCluster, Tools, connect_nats},
     stack::{ServerChoice, Stack, StackOptions},
     wait_until,
 };
+use jiff::Timestamp;
 use system_tests::{ARRIVAL, Load, QUICK_ACK_WAIT_MS, QUICK_TIMEOUT_MS, Tenant, all_arrived};
 
 const PATHS: [&str; 2] = ["/a", "/b"];
@@ -165,6 +171,52 @@ async fn outage(stack: &mut Stack, seconds: usize, not_ready: &[Role], missing: 
     }
 }
 
+/// The broker has each stream where its placement says, and moves one that is to be elsewhere.
+#[tokio::test]
+async fn a_stream_is_where_its_placement_says() {
+    let cluster = NatsCluster::private(&Tools::locate().unwrap()).await.unwrap();
+    let url = cluster.url();
+    let configured = async |all: &str| {
+        let variables = [
+            ("DATABASE_URL", "postgres://not.used/"),
+            ("NATS_URL", &*url),
+            ("EVENT_BUS_NATS__PLACEMENT", all),
+            ("EVENT_BUS_STREAMS__API__PLACEMENT", r#"{cluster="bus", tags=["node:n2"]}"#),
+        ];
+        let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let nats = Nats::connect(&load_common(None, variables).unwrap(), "test").await.unwrap();
+        nats.wait_for_server().await.unwrap();
+        nats
+    };
+    let planned =
+        async |nats: &Nats| plan(&existing(nats, Timestamp::UNIX_EPOCH).await.unwrap(), &nats.streams);
+    let applied = async |nats: &Nats| {
+        let plan = planned(nats).await;
+        apply(nats, &plan, Loss::Refused, Timestamp::UNIX_EPOCH).await.unwrap();
+        assert!(planned(nats).await.changes.is_empty());
+    };
+    let is_on = async |stream: &str, node: usize| {
+        wait_until("the stream to be there", DEADLINE, || async {
+            match cluster.leader(stream).await {
+                Ok(leader) if leader == node => Ok(()),
+                other => Err(other.map_err(|error| format!("{error:#}"))),
+            }
+        })
+        .await;
+    };
+    applied(&configured(r#"{tags=["node:n1"]}"#).await).await;
+    is_on("BUS_DELIVER", 1).await;
+    is_on("BUS_API", 2).await;
+
+    let elsewhere = configured(r#"{tags=["node:n0"]}"#).await;
+    let plan = planned(&elsewhere).await;
+    let changed: BTreeSet<_> = plan.fields().map(|(_, field)| field.field).collect();
+    assert_eq!(changed, BTreeSet::from(["placement"]));
+    applied(&elsewhere).await;
+    is_on("BUS_DELIVER", 0).await;
+    is_on("BUS_API", 2).await;
+}
+
 /// `BUS_TEST_OUTAGE_S=180` for the long form.
 #[tokio::test]
 async fn a_partition_from_nats_is_told_and_survived() {
@@ -189,6 +241,9 @@ async fn a_partition_from_postgres_is_told_and_survived() {
     let (mut stack, receiver, tenant) = started(options().proxied()).await;
     let before: Vec<u32> = stack.processes().map(|process| process.id().unwrap().pid).collect();
     all_arrived(&receiver, &PATHS, &publish(&tenant, 10).await).await;
+    // Slow at first, so that everybody waits for an answer when none comes any more.
+    stack.proxies().postgres.set(Network::Slow(Duration::from_millis(400)));
+    publish(&tenant, 3).await;
     stack.proxies().postgres.set(Network::BlackHole);
     let asked = Instant::now();
     let event = serde_json::json!({ "type": "load.test" });

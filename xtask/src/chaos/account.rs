@@ -18,13 +18,17 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// Between two looks, and how many in a row must find nothing.
 const LOOK: Duration = Duration::from_secs(1);
 const LOOKS: usize = 3;
+/// So many where deliveries may have been lost that are still to be found missing.
+const LOOKS_FOR_LOST: usize = 40;
 
 /// Waits until nothing is queued, parked, due or planned. What is then still missing will not come.
 pub(super) async fn settled(
     stack: &Stack,
     tenants: &[Tenant],
     schedules: &[(Tenant, String)],
+    something_lost: bool,
 ) -> Result<Result<(), String>> {
+    let looks = if something_lost { LOOKS_FOR_LOST } else { LOOKS };
     let until = Instant::now() + PATIENCE;
     let mut idle = 0;
     loop {
@@ -33,7 +37,7 @@ pub(super) async fn settled(
             Ok(None) => idle += 1,
             _ => idle = 0,
         }
-        if idle == LOOKS {
+        if idle == looks {
             return Ok(Ok(()));
         }
         if Instant::now() >= until {

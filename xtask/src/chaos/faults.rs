@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use async_nats::jetstream;
 use clap::ValueEnum;
 use devkit::{
+    poll,
     process::{Signal, describe_exit},
     processes::Role,
     proxy::Network,
@@ -13,6 +14,9 @@ use devkit::{
     stack::Stack,
 };
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
+
+/// How long a stream may be missing, whatever else has just been broken.
+const THERE_AGAIN: Duration = Duration::from_secs(60);
 
 /// A kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -47,6 +51,8 @@ pub(super) enum Fault {
     HalfOpen,
     /// The consumer of a lane is deleted
     Consumer,
+    /// The stream of the deliveries is deleted, with all that it holds
+    Stream,
     /// The stream of the deliveries takes no more
     Full,
 }
@@ -56,9 +62,15 @@ impl Fault {
         self.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// Whether what was delivered may come again for it. A drain, and a server that is slow or full, repeat nothing.
-    pub(super) fn repeats(self) -> bool {
-        !matches!(self, Self::Restart | Self::PostgresRestart | Self::Slow | Self::Refuse | Self::Full)
+    /// For how many seconds after its end, if at all, what was delivered may come again for it. A drain, and a server that
+    /// is slow or full, repeat nothing.
+    pub(super) fn aftermath_s(self) -> Option<i64> {
+        match self {
+            Self::Restart | Self::PostgresRestart | Self::Slow | Self::Refuse | Self::Full => None,
+            // Publishers look from time to time whether the broker is another one, and then what is missing.
+            Self::Stream => Some(90),
+            _ => Some(15),
+        }
     }
 
     /// Whether there is something to break where the queue is a table.
@@ -69,7 +81,7 @@ impl Fault {
     /// The least and the most that it lasts, milliseconds.
     fn length_ms(self) -> (u64, u64) {
         match self {
-            Self::Cut | Self::Consumer => (0, 1),
+            Self::Cut | Self::Consumer | Self::Stream => (0, 1),
             Self::Kill | Self::Restart => (100, 2_000),
             Self::Stop | Self::NatsStop | Self::PostgresStop => (500, 12_000),
             Self::NatsKill | Self::NatsRestart | Self::PostgresKill | Self::PostgresRestart => (100, 5_000),
@@ -165,7 +177,7 @@ impl Breaker {
                 }
             }
             Fault::Consumer => Target::Lane(choice % self.lanes),
-            Fault::Full => Target::Stream,
+            Fault::Stream | Fault::Full => Target::Stream,
         }
     }
 
@@ -211,6 +223,14 @@ impl Breaker {
                 let stream = deliveries(stack).await?;
                 // It may not have been made yet, or not again since it was deleted.
                 let _ = stream.delete_consumer(&format!("lane-{lane}")).await;
+            }
+            (Fault::Stream, _) => {
+                let name = deliveries(stack).await?.cached_info().config.name.clone();
+                context(stack)
+                    .await?
+                    .delete_stream(name)
+                    .await
+                    .context("delete the stream of the deliveries")?;
             }
             (Fault::Full, _) => {
                 self.room = Some(resize(stack, 1).await?);
@@ -263,22 +283,25 @@ fn proxy(stack: &Stack, target: Target) -> &devkit::proxy::Proxy {
     }
 }
 
-async fn deliveries(stack: &Stack) -> Result<jetstream::stream::Stream> {
+async fn context(stack: &Stack) -> Result<jetstream::Context> {
     let url = stack.nats_url().context("this stack has no NATS")?;
-    let context = jetstream::new(connect_nats(&url).await?);
+    Ok(jetstream::new(connect_nats(&url).await?))
+}
+
+/// The stream of the deliveries; a moment after it was deleted it is there again.
+async fn deliveries(stack: &Stack) -> Result<jetstream::stream::Stream> {
     let name = format!("{}_deliver", stack.prefix()).to_ascii_uppercase();
-    context.get_stream(name).await.context("look at the stream of the deliveries")
+    let context = context(stack).await?;
+    poll("the stream of the deliveries", THERE_AGAIN, || async { context.get_stream(&name).await }).await
 }
 
 /// Sets how much the stream of the deliveries may hold, and gives what it could hold before.
 async fn resize(stack: &Stack, bytes: i64) -> Result<i64> {
-    let stream = deliveries(stack).await?;
-    let config = stream.cached_info().config.clone();
+    let config = deliveries(stack).await?.cached_info().config.clone();
     let before = config.max_bytes;
-    let url = stack.nats_url().context("this stack has no NATS")?;
-    let context = jetstream::new(connect_nats(&url).await?);
-    let smaller = jetstream::stream::Config { max_bytes: bytes, ..config };
-    context.update_stream(smaller).await.context("change the stream of the deliveries")?;
+    let resized = jetstream::stream::Config { max_bytes: bytes, ..config };
+    let resized = context(stack).await?.update_stream(resized).await;
+    resized.context("change the stream of the deliveries")?;
     Ok(before)
 }
 

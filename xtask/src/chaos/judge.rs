@@ -3,12 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bus_core::ids::DeliveryId;
 use jiff::{SignedDuration, Timestamp};
 
 use super::ledger::{Accepted, Dead, Endpoint, Entry, Line, Phase, Request};
-
-/// What a fault disturbs comes out a little later: what was held is handed out again, and what was buffered arrives.
-const AFTERWARDS: SignedDuration = SignedDuration::from_secs(15);
 
 /// Something that must not be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,7 +87,9 @@ impl Attempt {
     }
 }
 
-/// The times in which a fault may have repeated something.
+/// The times in which a fault may have repeated something. What it disturbs comes out a little later: what was held is
+/// handed out again, and what was buffered arrives. And where an attempt was repeated, each of the two may be followed by
+/// another one; so what came of a delivery is excused by whatever happened since its first attempt.
 struct Disturbances(Vec<(Timestamp, Timestamp)>);
 
 impl Disturbances {
@@ -98,12 +98,12 @@ impl Disturbances {
         let mut all = Vec::new();
         for line in lines {
             match &line.entry {
-                Entry::Fault { number, phase: Phase::Begins, repeats: true, .. } => {
+                Entry::Fault { number, phase: Phase::Begins, aftermath_s: Some(_), .. } => {
                     begun.insert(*number, line.at);
                 }
-                Entry::Fault { number, phase: Phase::Over, repeats: true, .. } => {
+                Entry::Fault { number, phase: Phase::Over, aftermath_s: Some(aftermath), .. } => {
                     let from = begun.remove(number).unwrap_or(line.at);
-                    all.push((from, line.at + AFTERWARDS));
+                    all.push((from, line.at + SignedDuration::from_secs(*aftermath)));
                 }
                 _ => {}
             }
@@ -285,7 +285,14 @@ fn settle(
     let mut over: BTreeSet<&str> = taken.map(|(delivery, _)| *delivery).collect();
     judgement.delivered += over.len();
     over.extend(letters.iter().map(|(letter, _)| if endpoint.batched { id } else { &*letter.delivery }));
-    let deliveries: Vec<&str> = [id, event.uid].into_iter().chain(seen.keys().copied()).collect();
+    // Of a delivery that was never seen the logs may know.
+    let met = endpoint.wants.iter().filter(|want| want.is_met(event.kind, event.number));
+    let derived: Vec<String> = met.filter_map(|want| delivery_id(event.uid, &want.subscription)).collect();
+    let deliveries: Vec<&str> = [id, event.uid]
+        .into_iter()
+        .chain(seen.keys().copied().filter(|delivery| !derived.iter().any(|derived| derived == delivery)))
+        .chain(derived.iter().map(String::as_str))
+        .collect();
     if over.len() < expected {
         let told = format!("{place}: {} of {expected} deliveries ended", over.len());
         judgement.find(Kind::Lost, &deliveries, told);
@@ -296,13 +303,15 @@ fn settle(
     }
     for (delivery, attempts) in seen {
         let ids = [id, event.uid, *delivery];
+        let disturbed =
+            |until: Timestamp| attempts.first().is_some_and(|first| disturbances.between(first.at, until));
         let mut took: Option<Timestamp> = None;
         for attempt in attempts {
             let Some(first) = took else {
                 took = attempt.taken().then_some(attempt.at);
                 continue;
             };
-            if disturbances.between(first, attempt.at) {
+            if disturbed(attempt.at) {
                 judgement.repeats += 1;
             } else {
                 let told = format!("{place}: taken at {first}, and came again at {}", attempt.at);
@@ -314,7 +323,7 @@ fn settle(
         {
             let wait = before.after_ms.unwrap_or(endpoint.wait_ms);
             let soonest = before.at + SignedDuration::from_millis(i64::try_from(wait).unwrap_or(i64::MAX));
-            if next.at < soonest && !disturbances.between(before.at, next.at) {
+            if next.at < soonest && !disturbed(next.at) {
                 let told =
                     format!("{place}: came at {}, and again at {}, before {soonest}", before.at, next.at);
                 judgement.find(Kind::Early, &ids, told);
@@ -339,6 +348,11 @@ fn settle(
             judgement.find(Kind::Dishonest, &ids, told);
         }
     }
+}
+
+/// What the bus calls the delivery of an event to a subscription.
+fn delivery_id(uid: &str, subscription: &str) -> Option<String> {
+    Some(DeliveryId::derive(uid.parse().ok()?, subscription.parse().ok()?).to_string())
 }
 
 /// Every tick is fired once, or skipped once.

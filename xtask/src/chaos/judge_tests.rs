@@ -22,7 +22,11 @@ fn endpoint(path: &str, patterns: &[&str]) -> Entry {
         connection: format!("connection {path}"),
         wants: patterns
             .iter()
-            .map(|pattern| Want { pattern: (*pattern).to_owned(), at_least: None })
+            .map(|pattern| Want {
+                subscription: String::new(),
+                pattern: (*pattern).to_owned(),
+                at_least: None,
+            })
             .collect(),
         batched: false,
         good: true,
@@ -74,7 +78,7 @@ fn dead(attempts: u32) -> Line {
 
 fn fault(ms: i64, phase: Phase, repeats: bool) -> Line {
     let (kind, target) = ("kill".to_owned(), "worker".to_owned());
-    line(ms, Entry::Fault { number: 0, kind, target, phase, repeats })
+    line(ms, Entry::Fault { number: 0, kind, target, phase, aftermath_s: repeats.then_some(15) })
 }
 
 /// One event for one endpoint, and what came of it.

@@ -45,8 +45,8 @@ pub(super) enum Entry {
     Request(Request),
     /// A delivery that the bus says it has given up.
     Dead(Dead),
-    /// Something was broken, or is whole again.
-    Fault { number: usize, kind: String, target: String, phase: Phase, repeats: bool },
+    /// Something was broken, or is whole again; for so long afterwards, if at all, it may repeat what was delivered.
+    Fault { number: usize, kind: String, target: String, phase: Phase, aftermath_s: Option<i64> },
     /// The most memory that a process had in use.
     Memory { process: String, bytes: u64 },
 }
@@ -80,6 +80,8 @@ pub(super) struct Endpoint {
 /// What one subscription asks for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Want {
+    /// Its id.
+    pub(super) subscription: String,
     pub(super) pattern: String,
     /// Only events with at least this number.
     pub(super) at_least: Option<u32>,
@@ -214,7 +216,8 @@ mod tests {
         ] {
             assert_eq!(matches(pattern, kind), met, "{pattern} {kind}");
         }
-        let filtered = Want { pattern: "order.*".to_owned(), at_least: Some(500) };
+        let filtered =
+            Want { subscription: String::new(), pattern: "order.*".to_owned(), at_least: Some(500) };
         assert!(filtered.is_met("order.paid", 500) && !filtered.is_met("order.paid", 499));
     }
 }

@@ -9,13 +9,13 @@ mod faults;
 mod judge;
 mod ledger;
 mod load;
+mod memory;
 mod report;
 mod scene;
 
 use std::{
-    collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
@@ -23,12 +23,11 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Args, ValueEnum as _};
 use devkit::{
     paths::target_dir,
-    process::resident_memory,
     processes::Role,
     servers::Durability,
     stack::{Backend, ServerChoice, Stack, StackOptions},
 };
-use tokio::{task::JoinHandle, time::sleep};
+use tokio::time::sleep;
 
 use self::{
     faults::{Breaker, Fault, Planned, Target},
@@ -44,6 +43,7 @@ use crate::{
 /// How many of each binary.
 const REPLICAS: usize = 2;
 const LANES: usize = 4;
+const AFTER_THE_LAST: Duration = Duration::from_secs(5);
 /// No exchange may take longer, so that what a dead worker held comes back soon.
 const MAX_TIMEOUT_MS: u64 = 2_000;
 const ACK_WAIT_MS: u64 = 7_500;
@@ -85,7 +85,7 @@ impl Chaos {
     pub(crate) fn short(bin_dir: PathBuf) -> Self {
         Self {
             seed: Some(1),
-            minutes: 0.75,
+            minutes: 0.8,
             faults: Vec::new(),
             cluster: false,
             postgres_only: false,
@@ -171,7 +171,7 @@ impl Chaos {
         let places: Vec<_> = (0..REPLICAS).map(|index| Some(stack.publisher(index).http_url())).collect();
         let publishers: Publishers = Arc::new(RwLock::new(places));
         let load = Load::start(seed, self.rate, scene.tenants.clone(), publishers.clone(), ledger.clone());
-        let mut watch = MemoryWatch::start(stack);
+        let mut watch = memory::Watch::start(stack);
         let run = Run { ledger, publishers: &publishers, begun: Instant::now() };
         let mut breaker = Breaker {
             replicas: REPLICAS,
@@ -180,7 +180,8 @@ impl Chaos {
             room: None,
         };
         for (number, planned) in faults::plan(seed, faults).enumerate() {
-            if run.begun.elapsed() + planned.after >= length {
+            // The load goes on for a while after the last one, so that one sees when the bus is back.
+            if run.begun.elapsed() + planned.after + planned.lasts + AFTER_THE_LAST >= length {
                 break;
             }
             sleep(planned.after).await;
@@ -200,7 +201,7 @@ impl Chaos {
             .into_iter()
             .map(|(tenant, schedule)| (tenant.at(&stack.publisher(0).http_url()), schedule))
             .collect();
-        let settled = account::settled(stack, &tenants, &schedules).await?;
+        let settled = account::settled(stack, &tenants, &schedules, faults.contains(&Fault::Stream)).await?;
         account::note(&tenants, &schedules, ledger).await?;
         watch.finish(ledger).await;
         step.done();
@@ -257,63 +258,14 @@ impl Run<'_> {
     }
 
     fn note(&self, number: usize, fault: Fault, target: Target, phase: Phase) {
-        let (kind, target, repeats) = (fault.name(), target.to_string(), fault.repeats());
-        self.ledger.write(Entry::Fault { number, kind, target, phase, repeats });
+        let (kind, target, aftermath_s) = (fault.name(), target.to_string(), fault.aftermath_s());
+        self.ledger.write(Entry::Fault { number, kind, target, phase, aftermath_s });
     }
 
     /// Tells the load where a publisher is.
     fn publisher(&self, target: Target, place: Option<String>) {
         if let Target::Process(Role::Publisher, index) = target {
             self.publishers.write().unwrap_or_else(PoisonError::into_inner)[index] = place;
-        }
-    }
-}
-
-/// Looks once a second how much memory each process has in use.
-struct MemoryWatch {
-    processes: Arc<Mutex<BTreeMap<String, u32>>>,
-    most: Arc<Mutex<BTreeMap<String, u64>>>,
-    task: JoinHandle<()>,
-}
-
-impl MemoryWatch {
-    fn start(stack: &mut Stack) -> Self {
-        let (processes, most) =
-            (Arc::<Mutex<BTreeMap<String, u32>>>::default(), Arc::<Mutex<BTreeMap<String, u64>>>::default());
-        let (watched, noted) = (Arc::clone(&processes), Arc::clone(&most));
-        let task = tokio::spawn(async move {
-            loop {
-                let now = watched.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                for (name, pid) in now {
-                    // One that was just killed has none.
-                    let bytes = resident_memory(pid).unwrap_or_default();
-                    let mut noted = noted.lock().unwrap_or_else(PoisonError::into_inner);
-                    let most = noted.entry(name).or_default();
-                    *most = (*most).max(bytes);
-                }
-                sleep(Duration::from_secs(1)).await;
-            }
-        });
-        let mut watch = Self { processes, most, task };
-        watch.follow(stack);
-        watch
-    }
-
-    /// Processes get new numbers when they are started again.
-    fn follow(&mut self, stack: &mut Stack) {
-        let mut processes = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
-        for process in stack.processes() {
-            if let Some(id) = process.id() {
-                processes.insert(process.name().to_owned(), id.pid);
-            }
-        }
-    }
-
-    async fn finish(self, ledger: &Ledger) {
-        self.task.abort();
-        let most = std::mem::take(&mut *self.most.lock().unwrap_or_else(PoisonError::into_inner));
-        for (process, bytes) in most {
-            ledger.write(Entry::Memory { process, bytes });
         }
     }
 }

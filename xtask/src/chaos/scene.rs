@@ -160,15 +160,23 @@ async fn open(
     let connection = json!({ "name": plan.name, "kind": "webhook", "url": url, "timeoutMs": 1_000 });
     let connection = api.post("/v1/connections", &connection).await?.require(201)?;
     let id = connection.string("/id")?;
+    let mut wants = Vec::new();
+    for (pattern, at_least) in plan.wants {
+        let mut wish = json!({ "connectionId": id, "eventType": pattern, "retryPolicy": plan.policy() });
+        if let Some(least) = at_least {
+            wish["filter"] = format!("$[?@.number >= {least}]").into();
+        }
+        if plan.batched {
+            wish["batch"] = json!({ "maxEvents": 10, "maxWaitMs": 300 });
+        }
+        let subscription = api.subscribe(&wish).await?.require(201)?.string("/id")?.to_owned();
+        wants.push(Want { subscription, pattern: (*pattern).to_owned(), at_least: *at_least });
+    }
     let endpoint = Endpoint {
         organization: organization.to_owned(),
         path: path.clone(),
         connection: id.to_owned(),
-        wants: plan
-            .wants
-            .iter()
-            .map(|(pattern, at_least)| Want { pattern: (*pattern).to_owned(), at_least: *at_least })
-            .collect(),
+        wants,
         batched: plan.batched,
         good: matches!(plan.conduct, Conduct::Good),
         visible,
@@ -184,16 +192,6 @@ async fn open(
         attempts: Arc::default(),
     };
     receiver.script(&path, Script::decided_by(move |request| witness.answer(request)));
-    for (pattern, at_least) in plan.wants {
-        let mut wish = json!({ "connectionId": id, "eventType": pattern, "retryPolicy": plan.policy() });
-        if let Some(least) = at_least {
-            wish["filter"] = format!("$[?@.number >= {least}]").into();
-        }
-        if plan.batched {
-            wish["batch"] = json!({ "maxEvents": 10, "maxWaitMs": 300 });
-        }
-        api.subscribe(&wish).await?.require(201)?;
-    }
     Ok(())
 }
 

@@ -145,6 +145,20 @@ impl StoreError {
     }
 }
 
+/// How long a turn of a loop may wait for the database: longer than a statement may run by default, and shorter than the
+/// loop may be without a sign of life.
+const ANSWER: Duration = Duration::from_secs(45);
+
+/// One turn of a loop that works with the database. A network that swallows an answer would else keep the loop for ever:
+/// the driver waits as long as the connection seems to be there.
+pub async fn answered<T, E: From<StoreError>>(
+    operation: &'static str,
+    turn: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    let answered = tokio::time::timeout(ANSWER, turn).await;
+    answered.unwrap_or_else(|_| Err(StoreError::TimedOut { operation }.into()))
+}
+
 /// Adds the operation's name to an error of sqlx.
 pub(crate) trait During<T> {
     fn during(self, operation: &'static str) -> Result<T, StoreError>;
