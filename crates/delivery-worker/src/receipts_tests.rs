@@ -1,8 +1,9 @@
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use bus_core::{
+    delivery::DeliveryKey,
     ids::{DeliveryId, EventUid, SubscriptionId},
     nats::NatsError,
     pg::DeadLetter,
@@ -75,6 +76,10 @@ impl DeliveryQueue for Refusing {
     }
 
     async fn lanes(&self) -> Result<BTreeSet<u16>, QueueError> {
+        unreachable!()
+    }
+
+    async fn holds(&self, _: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError> {
         unreachable!()
     }
 
