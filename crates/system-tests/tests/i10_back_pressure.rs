@@ -14,6 +14,7 @@ use std::{
 };
 
 use devkit::{
+    client::Reply,
     process::{Signal, children_of},
     processes::Role,
     receiver::{Answer, Receiver},
@@ -57,6 +58,20 @@ struct Seen {
     without_retry_after: usize,
 }
 
+impl Seen {
+    fn note(&mut self, reply: &Reply) {
+        *self.statuses.entry(reply.status).or_insert(0) += 1;
+        if reply.status == 202 {
+            self.accepted.insert(reply.id().to_owned());
+            return;
+        }
+        self.problems.insert(reply.text("/type").rsplit(':').next().unwrap().to_owned());
+        if reply.status == 503 && !reply.headers.contains_key("retry-after") {
+            self.without_retry_after += 1;
+        }
+    }
+}
+
 impl Flood {
     fn start(tenant: &Tenant, clients: usize, bytes: usize) -> Self {
         let (seen, stop) = (Arc::<Mutex<Seen>>::default(), Arc::<AtomicBool>::default());
@@ -69,18 +84,10 @@ impl Flood {
                 while !stop.load(Ordering::Relaxed) {
                     // A client that gave up learns nothing.
                     let Ok(reply) = api.publish(&event).await else { continue };
-                    let mut seen = seen.lock().unwrap();
-                    *seen.statuses.entry(reply.status).or_insert(0) += 1;
-                    if reply.status == 202 {
-                        seen.accepted.insert(reply.id().to_owned());
-                        continue;
+                    seen.lock().unwrap().note(&reply);
+                    if reply.status != 202 {
+                        tokio::time::sleep(Duration::from_millis(20)).await;
                     }
-                    seen.problems.insert(reply.text("/type").rsplit(':').next().unwrap().to_owned());
-                    if reply.status == 503 && !reply.headers.contains_key("retry-after") {
-                        seen.without_retry_after += 1;
-                    }
-                    drop(seen);
-                    tokio::time::sleep(Duration::from_millis(20)).await;
                 }
             });
         }
