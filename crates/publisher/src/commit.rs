@@ -32,6 +32,7 @@ use crate::{
     config::{PublishConfig, PublisherConfig},
     fanout::FanOuts,
     ingest::{Accepted, Job, PublishError, RETRY_AFTER},
+    limits::Limits,
 };
 
 /// Requests are put together up to this many bytes of events.
@@ -62,6 +63,8 @@ pub(crate) struct Committer {
     pub(crate) config: PublishConfig,
     /// Wakes the workers when deliveries are in the queue table.
     pub(crate) hints: Arc<dyn Notifier>,
+    /// Where accepted events are counted.
+    pub(crate) limits: Limits,
     pub(crate) store: FanOutStore,
 }
 
@@ -165,6 +168,8 @@ impl Committer {
 
     async fn answer(&self, group: Vec<Job>, committed: Committed) {
         for (job, answer) in group.into_iter().zip(committed.answers) {
+            let accepted = answer.iter().flatten().filter(|accepted| !accepted.duplicate).count();
+            self.limits.count(job.publish.principal.organization, accepted as u64);
             // A client that went away needs no answer; its events are stored all the same.
             let _ = job.answer.send(answer);
         }

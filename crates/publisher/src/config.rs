@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 
 use bus_core::{
     config::{Common, RoleConfig},
-    pg::MAX_PER_SECOND,
+    pg::{MAX_PER_SECOND, PublishQuota, PublishRate, QuotaPeriod},
 };
 use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
 use secrecy::SecretString;
 use serde::Deserialize;
+
+use crate::limits::{Defaults, MAX_RATE};
 
 /// The publisher's own configuration. `defaults.toml` beside `src/` is the reference.
 #[derive(Debug, Clone, Deserialize)]
@@ -102,11 +104,55 @@ pub struct PublishConfig {
     pub outbox_lease_s: u64,
     /// Fan-outs under way at a time; what does not fit is left to the relay.
     pub fan_outs: usize,
+    /// Events that may wait to be fanned out; more are answered 503. 0 is no limit.
+    pub max_outbox_events: u64,
+    /// How long a fan-out may be unfinished, seconds; then events are answered 503. 0 is no limit.
+    pub max_outbox_age_s: u64,
+    /// The limits of organizations that have none of their own.
+    pub limits: LimitsConfig,
     /// When a broker is met for the first time, what was fanned out since its predecessor was known to be there, and so
     /// many seconds before, is compared with history. Must cover the server's `sync_interval`, 120 s by default.
     pub reconcile_window_s: u64,
     /// The same if the delivery stream is another one, seconds: as long as a delivery lives (`worker.lifetime_s`).
     pub reconcile_stream_s: u64,
+}
+
+/// The limits of organizations that have none of their own.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsConfig {
+    /// Events a second, in the long run; 0 is no limit.
+    pub rate: f64,
+    /// Events at once.
+    pub burst: u64,
+    /// Events in a period; 0 is no limit.
+    pub quota: u64,
+    /// `day` or `month`, UTC.
+    pub quota_period: String,
+}
+
+impl LimitsConfig {
+    /// As the publisher enforces them.
+    pub fn defaults(&self) -> Defaults {
+        let period = self.quota_period.parse().unwrap_or(QuotaPeriod::Day);
+        Defaults {
+            rate: PublishRate { per_second: self.rate, burst: self.burst },
+            quota: PublishQuota { events: self.quota, period },
+        }
+    }
+
+    fn problem(&self) -> Option<String> {
+        if !(0.0..=MAX_RATE).contains(&self.rate) {
+            return Some(format!("publish.limits.rate must be between 0 and {MAX_RATE}"));
+        }
+        if self.rate > 0.0 && self.burst == 0 {
+            return Some("publish.limits.burst must be at least 1 if there is a publish.limits.rate".into());
+        }
+        if self.quota_period.parse::<QuotaPeriod>().is_err() {
+            return Some(r#"publish.limits.quota_period must be "day" or "month""#.into());
+        }
+        None
+    }
 }
 
 /// What the API must know of the sinks. The section is shared with the worker's, whose other keys do not
@@ -167,7 +213,7 @@ impl RoleConfig for PublisherConfig {
         if publish.reconcile_window_s > publish.reconcile_stream_s {
             return Some("publish.reconcile_window_s must not exceed publish.reconcile_stream_s".into());
         }
-        None
+        publish.limits.problem()
     }
 
     fn listen(&self) -> Vec<(&'static str, SocketAddr)> {

@@ -10,6 +10,7 @@ pub mod commit;
 pub mod config;
 pub mod fanout;
 pub mod ingest;
+pub mod limits;
 mod reconcile;
 pub mod relay;
 mod serve;
@@ -19,9 +20,10 @@ use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     address::AddressPolicy,
-    cloudevent::Limits,
+    cloudevent,
     fanout::FanOutStore,
     launcher::{BoxError, Ctx, Role},
+    peers::{PeerRole, Peers},
     pg,
     snapshots::Snapshots,
     supervise::{self, Broker},
@@ -34,8 +36,9 @@ use crate::{
     config::PublisherConfig,
     fanout::FanOuts,
     ingest::Ingest,
+    limits::Limits,
     reconcile::Reconciling,
-    relay::Relay,
+    relay::{Backlog, Relay},
     state::{AppState, Inner},
 };
 
@@ -53,6 +56,14 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
     let publish = &ctx.config.publish;
     let snapshots = Snapshots::new(pool.clone());
 
+    let peers = {
+        let (hints, stop) = (Arc::clone(&transport.hints), ctx.stop.clone());
+        Peers::start(hints, PeerRole::Publisher, ctx.ids.next(), &ctx.tasks, stop)
+    };
+    let limits = Limits::new(pool.clone(), publish.limits.defaults(), peers);
+    let beat = ctx.health.heartbeat("usage", limits::EVERY * 60);
+    ctx.spawn("usage", limits.clone().run(beat, ctx.stop.clone()));
+    let backlog = Backlog::default();
     let fanouts = FanOuts::start(&ctx, pool.clone(), transport.queue.clone());
     let (ingest, jobs) = Ingest::new(publish);
     let committer = Committer {
@@ -63,6 +74,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         clock: ctx.clock.clone(),
         config: publish.clone(),
         hints: transport.hints.clone(),
+        limits: limits.clone(),
         store: FanOutStore::of(&ctx.common, publish.outbox_lease_s),
     };
     commit::start(&ctx, committer, jobs);
@@ -72,6 +84,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         queue: transport.queue.clone(),
         clock: ctx.clock.clone(),
         config: publish.clone(),
+        backlog: backlog.clone(),
         beat,
         stop: ctx.stop.clone(),
     };
@@ -90,6 +103,8 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         pool,
         snapshots,
         ingest,
+        publish_limits: limits.clone(),
+        backlog,
         queue: transport.queue.clone(),
         history_lags: transport.nats.is_some(),
         hints: transport.hints.clone(),
@@ -99,10 +114,10 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
             .admin_token
             .as_ref()
             .map(|token| Sha256::digest(token.expose_secret().as_bytes()).into()),
-        limits: Limits {
+        limits: cloudevent::Limits {
             max_batch: publish.max_batch,
             max_event_bytes: publish.max_event_bytes,
-            ..Limits::default()
+            ..cloudevent::Limits::default()
         },
         schedules: ctx.config.schedules.clone(),
         replays_per_second: ctx.config.replay.per_second,
@@ -118,6 +133,8 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
     serve::serve(listener, api::router(state), stop).await;
     ctx.tasks.close();
     ctx.tasks.wait().await;
+    // What the committers counted last.
+    limits.flush().await;
     transport.flush().await;
     Ok(())
 }

@@ -1,13 +1,19 @@
 //! The relay: finishes fan-outs that another process, or an earlier failure of this one, left behind.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bus_core::{
     clock::Clock,
     delivery::Progress,
     fanout::Chunks,
     launcher::{BoxError, Heartbeat},
-    pg::{self, Unfinished},
+    pg::{self, OpenOutbox, Unfinished},
     queue::{DeliveryQueue, QueueError},
     telemetry::Chain,
 };
@@ -28,6 +34,32 @@ const ROWS: u32 = 8;
 /// Events read at a time; with the largest body that the queue carries, 5 MiB.
 const EVENTS: usize = 20;
 
+/// Whether so much waits to be fanned out that no more is taken. Clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct Backlog(Arc<AtomicBool>);
+
+impl Backlog {
+    /// As of about a second ago.
+    pub(crate) fn is_full(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn measure(&self, open: OpenOutbox, config: &PublishConfig) {
+        let over = |is: u64, limit: u64| limit > 0 && is >= limit;
+        let full = over(open.events, config.max_outbox_events)
+            || over(open.age.as_secs(), config.max_outbox_age_s)
+            || open.more && config.max_outbox_events > 0;
+        if self.0.swap(full, Ordering::Relaxed) != full {
+            let (events, age) = (open.events, open.age.as_secs());
+            if full {
+                warn!(events, oldest_s = age, "Events are refused: too much waits to be fanned out");
+            } else {
+                info!(events, oldest_s = age, "Events are taken again");
+            }
+        }
+    }
+}
+
 /// A relay.
 #[derive(Debug, Clone)]
 pub(crate) struct Relay {
@@ -35,6 +67,7 @@ pub(crate) struct Relay {
     pub(crate) queue: Arc<dyn DeliveryQueue>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) config: PublishConfig,
+    pub(crate) backlog: Backlog,
     pub(crate) beat: Heartbeat,
     pub(crate) stop: CancellationToken,
 }
@@ -56,8 +89,12 @@ impl Relay {
                 }
                 Err(failed) => warn!(error = %Chain(&failed), "Unfinished fan-outs wait"),
             }
-            match pg::answered("read the outbox's age", pg::outbox_age(&self.pool)).await {
-                Ok(age) => gauge!("bus_outbox_oldest_seconds").set(age),
+            match pg::answered("read what is in the outbox", pg::open_outbox(&self.pool)).await {
+                Ok(open) => {
+                    gauge!("bus_outbox_oldest_seconds").set(open.age.as_secs_f64());
+                    gauge!("bus_outbox_events").set(open.events as f64);
+                    self.backlog.measure(open, &self.config);
+                }
                 Err(failed) => warn!(error = %Chain(&failed), "The outbox's age is unknown"),
             }
             self.stop.run_until_cancelled(tokio::time::sleep(INTERVAL)).await;

@@ -1,5 +1,7 @@
-//! Serves the API with a bound on connections and on the time that a request's head may take, which
-//! `axum::serve` has neither of.
+//! Serves the API with a bound on connections, on the time that a request's head may take, and on that for which a client
+//! leaves its answer unread, which `axum::serve` has none of.
+
+mod stall;
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,11 +19,16 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use self::stall::WriteTimeout;
+
 /// Open connections; more wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 4_096;
 
 /// A request's head must have arrived this long after the connection became idle.
 const HEAD: Duration = Duration::from_secs(30);
+
+/// How long a client may leave an answer unread.
+const STALL: Duration = Duration::from_secs(30);
 
 /// After a failed accept, which usually means that there are no more file descriptors.
 const AGAIN: Duration = Duration::from_millis(100);
@@ -38,7 +45,8 @@ pub(crate) async fn serve(listener: TcpListener, router: Router, stop: Cancellat
             None => break,
         };
         let service = TowerToHyperService::new(router.clone());
-        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
+        let connection =
+            graceful.watch(builder.serve_connection(TokioIo::new(WriteTimeout::new(stream, STALL)), service));
         tokio::spawn(async move {
             if let Err(failed) = connection.await {
                 debug!(error = %failed, "A connection broke off");

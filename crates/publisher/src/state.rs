@@ -3,14 +3,13 @@
 use std::{ops::Deref, sync::Arc};
 
 use bus_core::{
-    address::AddressPolicy, clock::Clock, cloudevent::Limits, ids::Ids, notify::Notifier,
-    queue::DeliveryQueue,
+    address::AddressPolicy, clock::Clock, cloudevent, ids::Ids, notify::Notifier, queue::DeliveryQueue,
 };
 use sqlx::PgPool;
 
 use bus_core::snapshots::Snapshots;
 
-use crate::{config::SchedulesConfig, ingest::Ingest};
+use crate::{config::SchedulesConfig, ingest::Ingest, limits::Limits, relay::Backlog};
 
 /// What the API's handlers share. Cheap to clone.
 #[derive(Clone)]
@@ -24,6 +23,10 @@ pub struct Inner {
     pub snapshots: Snapshots,
     /// The way into the bus.
     pub ingest: Ingest,
+    /// How much organizations may publish.
+    pub publish_limits: Limits,
+    /// Whether too much waits to be fanned out.
+    pub backlog: Backlog,
     /// Where deliveries wait for a worker.
     pub queue: Arc<dyn DeliveryQueue>,
     /// Whether attempts come to history through the broker, and so a little later.
@@ -35,7 +38,7 @@ pub struct Inner {
     /// SHA-256 of the admin token; without one the admin API is closed to all but `admin` keys.
     pub admin_token: Option<[u8; 32]>,
     /// What a publish request may contain, whenever it comes.
-    pub limits: Limits,
+    pub limits: cloudevent::Limits,
     /// What schedules, and events that are due later, may ask for.
     pub schedules: SchedulesConfig,
     /// How many deliveries of a replay come back in a second, unless the request says so.

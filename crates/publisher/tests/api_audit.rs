@@ -29,13 +29,18 @@ async fn every_change_leaves_one_record() {
         watch.left("createOrganization", &reply, Actor::Admin, ("organization.created", "organization", &id));
     let record = record.await;
     assert_eq!(record.organization_id.map(|id| id.to_string()), Some(id.clone()));
-    assert_eq!(record.after, Some(json!({ "id": id, "name": "one", "lane": null })));
-    let path = format!("/v1/admin/organizations/{id}/lane");
-    let reply = bus.admin.put(&path, json!({ "lane": "own" })).await.expect(200);
+    let none = json!({ "rate": null, "burst": null, "quota": null, "quotaPeriod": null });
+    assert_eq!(record.after, Some(json!({ "id": id, "name": "one", "lane": null, "limits": none })));
+    let path = format!("/v1/admin/organizations/{id}");
     let changed = ("organization.changed", "organization", id.as_str());
+    let reply = bus.admin.put(&format!("{path}/lane"), json!({ "lane": "own" })).await.expect(200);
     let record = watch.left("setLane", &reply, Actor::Admin, changed).await;
-    assert_eq!(record.before, Some(json!({ "id": id, "name": "one", "lane": null })));
-    assert_eq!(record.after, Some(json!({ "id": id, "name": "one", "lane": reply.body["lane"] })));
+    assert_eq!(record.before.unwrap()["lane"], Value::Null);
+    assert_eq!(record.after.unwrap()["lane"], reply.body["lane"]);
+    let limits = json!({ "rate": 5.0, "burst": 10, "quota": 1_000, "quotaPeriod": "day" });
+    let reply = bus.admin.put(&format!("{path}/limits"), limits.clone()).await.expect(200);
+    let record = watch.left("setLimits", &reply, Actor::Admin, changed).await;
+    assert_eq!((&record.before.unwrap()["limits"], &record.after.unwrap()["limits"]), (&none, &limits));
 
     let tenant = bus.tenant("acme").await;
     let (api, actor) = key(&bus, &tenant, EVERYTHING, None).await;

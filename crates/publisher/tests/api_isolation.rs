@@ -64,6 +64,8 @@ fn attack(operation: &str, victim: &Victim) -> Option<Vec<(String, Option<Value>
             (format!("/v1/audit?keyId={key}"), None, EmptyList),
         ],
         "getOrganization" => vec![(organization, None, NotFound)],
+        "setLimits" => vec![(format!("{organization}/limits"), Some(json!({})), Forbidden)],
+        "getUsage" => vec![(format!("{organization}/usage"), None, NotFound)],
         "setLane" => vec![(format!("{organization}/lane"), Some(json!({ "lane": "own" })), Forbidden)],
         "createKey" => {
             let new = json!({ "name": "x", "scopes": ["read"] });

@@ -9,8 +9,8 @@ use url::Url;
 use crate::{
     connection::{Connection, Target, Webhook},
     pg::{
-        ApiKey, DeadLetterAction, DeadLetterFilter, DeadLetters, NewReplay, Organization, Schedule, Scope,
-        Selection,
+        ApiKey, DeadLetterAction, DeadLetterFilter, DeadLetters, NewReplay, Organization, OwnLimits,
+        Schedule, Scope, Selection,
     },
     schedule::Missed,
     subscription::Subscription,
@@ -18,7 +18,18 @@ use crate::{
 };
 
 pub(crate) fn organization(organization: &Organization) -> Value {
-    json!({ "id": organization.id, "name": organization.name, "lane": organization.lane })
+    let OwnLimits { rate, quota } = organization.limits;
+    json!({
+        "id": organization.id,
+        "name": organization.name,
+        "lane": organization.lane,
+        "limits": {
+            "rate": rate.map(|rate| rate.per_second),
+            "burst": rate.map(|rate| rate.burst),
+            "quota": quota.map(|quota| quota.events),
+            "quotaPeriod": quota.map(|quota| quota.period.as_str()),
+        },
+    })
 }
 
 /// Neither the key nor its hash is part of an [`ApiKey`].

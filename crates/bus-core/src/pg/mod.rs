@@ -27,6 +27,7 @@ mod scheduled;
 mod schedules;
 mod snapshot;
 mod subscriptions;
+mod usage;
 
 use std::time::Duration;
 
@@ -41,7 +42,7 @@ pub use self::{
     agenda::*, archive::*, brokers::*, connections::*, dead_letters::*, deliveries::*, erasures::*,
     events::*, history::*, keys::*, organizations::*, outbox::*, partitions::*, publish::*, receipts::*,
     receivers::*, reconcile::*, replays::*, restore::*, scheduled::*, schedules::*, snapshot::*,
-    subscriptions::*,
+    subscriptions::*, usage::*,
 };
 use crate::config::PostgresConfig;
 

@@ -3,17 +3,20 @@
 use std::collections::HashMap;
 
 use jiff::Timestamp;
-use sqlx::{PgConnection, PgPool, Postgres, Transaction};
+use sqlx::{PgConnection, PgPool, Postgres, Row as _, Transaction, postgres::PgRow};
 use uuid::Uuid;
 
-use super::{During as _, StoreError, audit, stored_lane};
+use super::{
+    During as _, StoreError, audit, stored_lane,
+    usage::{OwnLimits, limits},
+};
 use crate::{
     audit::{Action, By, Change, TargetKind, shown},
     ids::OrganizationId,
 };
 
 /// A tenant.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Organization {
     /// Its id.
     pub id: OrganizationId,
@@ -21,12 +24,14 @@ pub struct Organization {
     pub name: String,
     /// The lane that its deliveries have instead of the one that its id falls on.
     pub lane: Option<u16>,
+    /// Its own limits of publishing.
+    pub limits: OwnLimits,
     /// When it was created.
     pub created_at: Timestamp,
 }
 
 /// What [`create_organization`] found.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum CreateOrganization {
     /// It is there now.
     Created(Organization),
@@ -75,22 +80,24 @@ impl<T> Paged<T> {
     }
 }
 
-#[derive(sqlx::FromRow)]
-struct OrganizationRow {
-    id: Uuid,
-    name: String,
-    lane: Option<i16>,
-    created_at: jiff_sqlx::Timestamp,
+/// What [`OrganizationRow`] reads.
+macro_rules! columns {
+    () => {
+        "id, name, lane, publish_rate, publish_burst, publish_quota, publish_quota_period, created_at"
+    };
 }
 
-impl From<OrganizationRow> for Organization {
-    fn from(row: OrganizationRow) -> Self {
-        Self {
-            id: OrganizationId(row.id),
-            name: row.name,
-            lane: row.lane.and_then(stored_lane),
-            created_at: row.created_at.to_jiff(),
-        }
+struct OrganizationRow(Organization);
+
+impl<'r> sqlx::FromRow<'r, PgRow> for OrganizationRow {
+    fn from_row(row: &'r PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self(Organization {
+            id: OrganizationId(row.try_get("id")?),
+            name: row.try_get("name")?,
+            lane: row.try_get::<Option<i16>, _>("lane")?.and_then(stored_lane),
+            limits: limits(row)?,
+            created_at: row.try_get::<jiff_sqlx::Timestamp, _>("created_at")?.to_jiff(),
+        }))
     }
 }
 
@@ -102,18 +109,17 @@ pub async fn create_organization(
     by: &By,
 ) -> Result<CreateOrganization, StoreError> {
     let mut transaction = pool.begin().await.during("begin to create an organization")?;
-    let row: Option<OrganizationRow> = sqlx::query_as(
-        "INSERT INTO organizations (id, name) VALUES ($1, $2)
-         ON CONFLICT (name) DO NOTHING
-         RETURNING id, name, lane, created_at",
-    )
+    let row: Option<OrganizationRow> = sqlx::query_as(concat!(
+        "INSERT INTO organizations (id, name) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING RETURNING ",
+        columns!()
+    ))
     .bind(id.0)
     .bind(name)
     .fetch_optional(&mut *transaction)
     .await
     .during("create an organization")?;
     let Some(row) = row else { return Ok(CreateOrganization::NameTaken) };
-    let organization = Organization::from(row);
+    let organization = row.0;
     let change = Change::new(Action::OrganizationCreated, TargetKind::Organization, id);
     let change = change.after(shown::organization(&organization));
     audit::record(&mut transaction, by, Some(id), change).await?;
@@ -124,25 +130,27 @@ pub async fn create_organization(
 /// The organization of that id.
 pub async fn organization(pool: &PgPool, id: OrganizationId) -> Result<Option<Organization>, StoreError> {
     let row: Option<OrganizationRow> =
-        sqlx::query_as("SELECT id, name, lane, created_at FROM organizations WHERE id = $1")
+        sqlx::query_as(concat!("SELECT ", columns!(), " FROM organizations WHERE id = $1"))
             .bind(id.0)
             .fetch_optional(pool)
             .await
             .during("read an organization")?;
-    Ok(row.map(Into::into))
+    Ok(row.map(|row| row.0))
 }
 
 /// The organizations, oldest first.
 pub async fn organizations(pool: &PgPool, page: PageRequest) -> Result<Paged<Organization>, StoreError> {
-    let rows: Vec<OrganizationRow> = sqlx::query_as(
-        "SELECT id, name, lane, created_at FROM organizations WHERE id > $1 ORDER BY id LIMIT $2",
-    )
+    let rows: Vec<OrganizationRow> = sqlx::query_as(concat!(
+        "SELECT ",
+        columns!(),
+        " FROM organizations WHERE id > $1 ORDER BY id LIMIT $2"
+    ))
     .bind(page.bound())
     .bind(page.rows())
     .fetch_all(pool)
     .await
     .during("list organizations")?;
-    Ok(Paged::cut(rows.into_iter().map(Organization::from).collect(), page, |item| item.id.0))
+    Ok(Paged::cut(rows.into_iter().map(|row| row.0).collect(), page, |item| item.id.0))
 }
 
 /// The highest number that a lane may have.
@@ -160,7 +168,7 @@ pub enum WantedLane {
 }
 
 /// What [`set_lane`] found.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum SetLane {
     /// It has that lane now.
     Set(Organization),
@@ -231,12 +239,41 @@ fn stored(lane: u16) -> i16 {
 
 async fn read(transaction: &mut PgConnection, id: OrganizationId) -> Result<Organization, StoreError> {
     let row: OrganizationRow =
-        sqlx::query_as("SELECT id, name, lane, created_at FROM organizations WHERE id = $1")
+        sqlx::query_as(concat!("SELECT ", columns!(), " FROM organizations WHERE id = $1"))
             .bind(id.0)
             .fetch_one(transaction)
             .await
             .during("read an organization")?;
-    Ok(row.into())
+    Ok(row.0)
+}
+
+/// Gives an organization other limits of publishing. None if there is no such organization.
+pub async fn set_limits(
+    pool: &PgPool,
+    id: OrganizationId,
+    limits: OwnLimits,
+    by: &By,
+) -> Result<Option<Organization>, StoreError> {
+    const OPERATION: &str = "give an organization other limits";
+    let mut transaction = pool.begin().await.during(OPERATION)?;
+    if !lock_organization(&mut transaction, id).await? {
+        return Ok(None);
+    }
+    let before = read(&mut transaction, id).await?;
+    let whole = |events: u64| i64::try_from(events).unwrap_or(i64::MAX);
+    sqlx::query(
+        "UPDATE organizations SET publish_rate = $2, publish_burst = $3, publish_quota = $4, publish_quota_period = $5
+         WHERE id = $1",
+    )
+    .bind(id.0)
+    .bind(limits.rate.map(|rate| rate.per_second))
+    .bind(limits.rate.map(|rate| whole(rate.burst)))
+    .bind(limits.quota.map(|quota| whole(quota.events)))
+    .bind(limits.quota.map(|quota| quota.period.as_str()))
+    .execute(&mut *transaction)
+    .await
+    .during(OPERATION)?;
+    Ok(Some(record_change(transaction, before, by).await?))
 }
 
 /// Commits, with a record if the organization is another than before.

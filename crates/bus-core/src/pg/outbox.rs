@@ -115,14 +115,37 @@ pub async fn sweep_outbox(pool: &PgPool, keep: Duration, limit: u32) -> Result<u
     Ok(rows.rows_affected() + keys.rows_affected())
 }
 
-/// The age of the oldest unfinished fan-out, seconds; 0 if there is none.
-pub async fn outbox_age(pool: &PgPool) -> Result<f64, StoreError> {
-    sqlx::query_scalar(
-        "SELECT coalesce(extract(epoch FROM now() - min(created_at)), 0)::float8 FROM outbox WHERE finished_at IS NULL",
+/// What is still to be fanned out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpenOutbox {
+    /// How many events.
+    pub events: u64,
+    /// There are more rows than were looked at.
+    pub more: bool,
+    /// The age of the oldest row that was looked at; 0 if there is none.
+    pub age: Duration,
+}
+
+/// Rows that [`open_outbox`] looks at.
+const LOOKED_AT: i64 = 200_000;
+
+/// How much is still to be fanned out.
+pub async fn open_outbox(pool: &PgPool) -> Result<OpenOutbox, StoreError> {
+    const OPERATION: &str = "measure the outbox";
+    let (events, rows, age): (i64, i64, f64) = sqlx::query_as(
+        "SELECT coalesce(sum(cardinality(o.event_uids)), 0)::int8, count(*),
+                coalesce(extract(epoch FROM now() - min(o.created_at)), 0)::float8
+         FROM (SELECT event_uids, created_at FROM outbox WHERE finished_at IS NULL LIMIT $1) AS o",
     )
+    .bind(LOOKED_AT)
     .fetch_one(pool)
     .await
-    .during("read the outbox's age")
+    .during(OPERATION)?;
+    Ok(OpenOutbox {
+        events: u64::try_from(events).unwrap_or(0),
+        more: rows == LOOKED_AT,
+        age: Duration::try_from_secs_f64(age).unwrap_or_default(),
+    })
 }
 
 /// An event read again for its fan-out.

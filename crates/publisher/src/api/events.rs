@@ -2,6 +2,8 @@
 
 pub(super) mod idempotency;
 
+use std::time::Duration;
+
 use axum::{
     Json as Answer,
     extract::{Request, State},
@@ -13,7 +15,7 @@ use bus_core::{
     pg::IfThere,
 };
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode};
+use http::{Extensions, HeaderMap, StatusCode};
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use utoipa::{IntoParams, ToSchema};
@@ -23,11 +25,15 @@ use super::{
     Api,
     auth::{Principal, PublishAccess, by},
     extract::read_body,
+    limits::{refusal, with_standings},
     openapi::PublishProblems,
     problem::{FieldError, Problem, ProblemType},
     schedules::{MissedName, OverlapName, ScheduleView, store_schedule},
 };
-use crate::ingest::{Accepted, Publish, PublishError};
+use crate::ingest::{Accepted, Idempotency, Publish, PublishError};
+
+/// When to try again while too much waits to be fanned out.
+const BACKLOG_RETRY: Duration = Duration::from_secs(5);
 
 /// What became of an event
 #[derive(Debug, Serialize, ToSchema)]
@@ -232,18 +238,47 @@ pub(super) async fn publish(
     access: PublishAccess,
     request: Request,
 ) -> Result<Response, Problem> {
+    if api.backlog.is_full() {
+        let detail = "too many events wait to be fanned out; nothing was published";
+        return Err(Problem {
+            retry_after: Some(BACKLOG_RETRY),
+            ..Problem::new(ProblemType::Backlog, detail)
+        });
+    }
     let (parts, body) = request.into_parts();
     let body = read_body(&api.room, &parts.headers, body, api.max_body_bytes).await?;
     let idempotency = read_idempotency(&parts.headers, &body.bytes)?;
     let now = microseconds(api.clock.now());
-    let (drafts, batch) = match submission(&api, &parts.headers, &body.bytes, now)? {
+    let submission = submission(&api, &parts.headers, &body.bytes, now)?;
+    if matches!(&submission, Submission::Single(draft) if draft.schedule.is_some()) && idempotency.is_some() {
+        return Err(unwanted_key());
+    }
+    let count = match &submission {
+        Submission::Single(_) => 1,
+        Submission::Batch(drafts) => drafts.len(),
+    };
+    let verdict = api.publish_limits.judge(access.principal.organization, count as u64).await;
+    let answer = match refusal(&verdict) {
+        Some(refused) => Err(refused),
+        None => store(&api, access, submission, idempotency, now, &parts.extensions).await,
+    };
+    Ok(with_standings(&verdict, answer))
+}
+
+/// Publishes what the organization's limits let through.
+async fn store(
+    api: &Api,
+    access: PublishAccess,
+    submission: Submission,
+    idempotency: Option<Idempotency>,
+    now: Timestamp,
+    extensions: &Extensions,
+) -> Result<Response, Problem> {
+    let (drafts, batch) = match submission {
         Submission::Single(draft) if draft.schedule.is_some() => {
-            if idempotency.is_some() {
-                return Err(unwanted_key());
-            }
-            let principal = access.confirmed(&api).await?;
-            let by = by(&api, principal.actor(), &parts.extensions);
-            return store_schedule(&api, &principal, draft, IfThere::Keep, &by).await;
+            let principal = access.confirmed(api).await?;
+            let by = by(api, principal.actor(), extensions);
+            return store_schedule(api, &principal, draft, IfThere::Keep, &by).await;
         }
         Submission::Single(draft) => (vec![draft], false),
         Submission::Batch(drafts) => (drafts, true),
@@ -268,7 +303,7 @@ pub(super) async fn publish(
         Publish { principal: access.principal, at: now, events, explicit_id, deliver_at, uids, idempotency };
     let accepted = match api.ingest.publish(publish).await {
         Ok(accepted) => accepted,
-        Err(refused) => return Err(not_published(&api, access, refused).await),
+        Err(refused) => return Err(not_published(api, access, refused).await),
     };
     let mut items = accepted.into_iter().map(AcceptedEvent::from);
     let answer = match (batch, items.next()) {

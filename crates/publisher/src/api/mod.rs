@@ -16,6 +16,7 @@ mod finish;
 mod history;
 mod keys;
 mod lanes;
+mod limits;
 mod openapi;
 mod organizations;
 mod page;
@@ -131,6 +132,8 @@ fn documented() -> OpenApiRouter<Api> {
         .routes(routes!(organizations::create, organizations::list))
         .routes(routes!(organizations::get))
         .routes(routes!(lanes::set))
+        .routes(routes!(limits::set))
+        .routes(routes!(limits::usage))
         .routes(routes!(keys::create, keys::list))
         .routes(routes!(keys::revoke))
         .routes(routes!(audit::list))

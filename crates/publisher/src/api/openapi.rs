@@ -80,7 +80,7 @@ fn problem_response(status: u16, kinds: &[ProblemType]) -> Response {
     let header = |description: &str, r#type: Type| {
         HeaderBuilder::new().schema(Some(Object::with_type(r#type))).description(Some(description)).build()
     };
-    if status == StatusCode::SERVICE_UNAVAILABLE {
+    if status == StatusCode::SERVICE_UNAVAILABLE || status == StatusCode::TOO_MANY_REQUESTS {
         response = response.header("Retry-After", header("When to try again, seconds", Type::Integer));
     }
     if status == StatusCode::UNAUTHORIZED {
@@ -142,7 +142,8 @@ problem_sets! {
         UnsupportedMediaType, InvalidFields, Overloaded;
     /// Publishing.
     PublishProblems = MalformedRequest, MalformedJson, MalformedEvent, InvalidIdempotencyKey, RequestTimeout,
-        LimitReached, ScheduleTaken, TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused, Overloaded;
+        LimitReached, ScheduleTaken, TooLarge, UnsupportedMediaType, InvalidFields, IdempotencyKeyReused,
+        QuotaExceeded, Backlog, Overloaded;
     /// Changing a schedule.
     PutScheduleProblems = MalformedRequest, MalformedJson, MalformedEvent, InvalidIdempotencyKey, RequestTimeout,
         LimitReached, ScheduleTaken, TooLarge, UnsupportedMediaType, InvalidFields, Overloaded;

@@ -14,6 +14,7 @@ use super::{
     auth::{AdminAccess, Recorded},
     created,
     extract::{Id, Json, Query},
+    limits::PublishLimits,
     openapi::{ListProblems, NamedProblems, OneProblems},
     page::{self, Cursor, Limit, Page},
     problem::{FieldError, Problem, ProblemType},
@@ -33,6 +34,8 @@ pub(super) struct OrganizationView {
     /// The lane that its deliveries have of their own; `null` for the one that its id falls on.
     #[schema(maximum = 255, required = true)]
     lane: Option<u16>,
+    /// How much it may publish; what is not there is as configured.
+    limits: PublishLimits,
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
 }
@@ -43,6 +46,7 @@ impl From<Organization> for OrganizationView {
             id: organization.id,
             name: organization.name,
             lane: organization.lane,
+            limits: organization.limits.into(),
             created_at: organization.created_at,
         }
     }

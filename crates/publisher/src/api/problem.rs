@@ -17,6 +17,9 @@ pub const PROBLEM_JSON: &str = "application/problem+json";
 /// What every problem's `type` starts with. A URN of our own needs no server and never moves.
 pub const TYPE_PREFIX: &str = "urn:event-bus:problem:";
 
+/// The registered type of this problem (draft-ietf-httpapi-ratelimit-headers-10).
+const QUOTA_EXCEEDED: &str = "https://iana.org/assignments/http-problem-types#quota-exceeded";
+
 /// How long a client waits when the database, or what carries hints, is away.
 const UNAVAILABLE_RETRY: Duration = Duration::from_secs(2);
 
@@ -35,6 +38,15 @@ macro_rules! problems {
             /// The last part of `type`; stable.
             pub fn slug(self) -> &'static str {
                 match self { $(Self::$name => $slug,)* }
+            }
+
+            /// What a problem of this kind has as its `type`.
+            pub fn uri(self) -> String {
+                match self {
+                    // It has a name that everybody knows.
+                    Self::QuotaExceeded => QUOTA_EXCEEDED.to_owned(),
+                    _ => format!("{TYPE_PREFIX}{}", self.slug()),
+                }
             }
 
             /// The HTTP status.
@@ -98,8 +110,12 @@ problems! {
         "`errors` says which values, and what to change.";
     IdempotencyKeyReused "idempotency-key-reused" UNPROCESSABLE_ENTITY "The Idempotency-Key belongs to another request"
         "The key was used with another body within the deduplication window.";
+    QuotaExceeded "quota-exceeded" TOO_MANY_REQUESTS "The organization publishes more than it may"
+        "The organization publishes faster, or more in this period, than it may; nothing was published. `violated-policies` names the limit, and `Retry-After` says when to try again.";
     Internal "internal" INTERNAL_SERVER_ERROR "Something is wrong with the event bus"
         "An error of the event bus itself; the log has it under the `requestId`.";
+    Backlog "backlog" SERVICE_UNAVAILABLE "Too much waits to be fanned out"
+        "Nothing was published: too many events that were accepted before are still waiting for the broker. `Retry-After` says when to try again.";
     Overloaded "overloaded" SERVICE_UNAVAILABLE "There is too much to do"
         "Nothing was done, for want of room. `Retry-After` says when to try again.";
     Unconfirmed "unconfirmed" SERVICE_UNAVAILABLE "It is not certain yet that everyone knows"
@@ -161,6 +177,8 @@ pub struct Problem {
     pub errors: Vec<FieldError>,
     /// Which events an ambiguous id may mean.
     pub uids: Vec<EventUid>,
+    /// Which limit stands against the request.
+    pub violated_policy: Option<&'static str>,
     /// When to try again.
     pub retry_after: Option<Duration>,
     /// What went wrong inside, for the log.
@@ -172,7 +190,8 @@ pub struct Problem {
 #[serde(rename_all = "camelCase")]
 #[schema(as = Problem)]
 pub struct ProblemBody<'a> {
-    /// `urn:event-bus:problem:` and the name of the kind of problem. Stable: programs may test it.
+    /// `urn:event-bus:problem:` and the name of the kind of problem, but for the registered
+    /// `https://iana.org/assignments/http-problem-types#quota-exceeded`. Stable: programs may test it.
     #[schema(example = "urn:event-bus:problem:invalid-fields")]
     r#type: String,
     /// The kind of problem, for people.
@@ -191,6 +210,10 @@ pub struct ProblemBody<'a> {
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     #[schema(value_type = Vec<uuid::Uuid>, required = false)]
     uids: &'a [EventUid],
+    /// Which limits stand against the request: names of `RateLimit-Policy`.
+    #[serde(rename = "violated-policies", skip_serializing_if = "<[_]>::is_empty")]
+    #[schema(value_type = Vec<String>, required = false)]
+    violated_policies: &'a [&'static str],
 }
 
 impl Problem {
@@ -201,6 +224,7 @@ impl Problem {
             detail: detail.into(),
             errors: Vec::new(),
             uids: Vec::new(),
+            violated_policy: None,
             retry_after: None,
             cause: None,
         }
@@ -283,13 +307,14 @@ impl Problem {
     pub(super) fn render(&self, response: &mut Response, request_id: &str) {
         let status = self.kind.status();
         let body = ProblemBody {
-            r#type: format!("{TYPE_PREFIX}{}", self.kind.slug()),
+            r#type: self.kind.uri(),
             title: self.kind.title(),
             status: status.as_u16(),
             detail: &self.detail,
             request_id,
             errors: &self.errors,
             uids: &self.uids,
+            violated_policies: self.violated_policy.as_slice(),
         };
         let body = serde_json::to_vec(&body).expect("a problem has no map and no failing serializer");
         *response.status_mut() = status;
