@@ -123,7 +123,7 @@ impl Known {
     pub(super) fn may_wait(&self, longest: Duration, now: Instant) -> bool {
         let turn = u32::try_from(self.waiting.len() + 1).unwrap_or(u32::MAX);
         let expected = self.mean.unwrap_or_default().saturating_mul(turn) / self.in_flight.max(1);
-        expected <= longest && now.duration_since(self.moved_at) <= STALLED
+        expected <= longest && now.duration_since(self.moved_at) < STALLED
     }
 
     pub(super) fn take(
