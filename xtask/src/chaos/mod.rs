@@ -45,8 +45,8 @@ const REPLICAS: usize = 2;
 const LANES: usize = 4;
 const AFTER_THE_LAST: Duration = Duration::from_secs(5);
 /// No exchange may take longer, so that what a dead worker held comes back soon.
-const MAX_TIMEOUT_MS: u64 = 2_000;
-const ACK_WAIT_MS: u64 = 7_500;
+const MAX_TIMEOUT_MS: u64 = 5_000;
+const ACK_WAIT_MS: u64 = 10_500;
 
 /// Break everything in turn under load, and account for every event.
 #[derive(Debug, Args)]
@@ -171,7 +171,7 @@ impl Chaos {
         let places: Vec<_> = (0..REPLICAS).map(|index| Some(stack.publisher(index).http_url())).collect();
         let publishers: Publishers = Arc::new(RwLock::new(places));
         let load = Load::start(seed, self.rate, scene.tenants.clone(), publishers.clone(), ledger.clone());
-        let mut watch = memory::Watch::start(stack);
+        let mut watch = memory::Watch::start(stack, ledger.clone());
         let run = Run { ledger, publishers: &publishers, begun: Instant::now() };
         let mut breaker = Breaker {
             replicas: REPLICAS,
@@ -203,7 +203,7 @@ impl Chaos {
             .collect();
         let settled = account::settled(stack, &tenants, &schedules, faults.contains(&Fault::Stream)).await?;
         account::note(&tenants, &schedules, ledger).await?;
-        watch.finish(ledger).await;
+        watch.finish(ledger);
         step.done();
         if let Err(open) = settled {
             ui::line(format!("  It does not come to rest: {open}"));
