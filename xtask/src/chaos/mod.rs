@@ -57,7 +57,7 @@ pub struct Chaos {
     /// How long, minutes
     #[arg(long, default_value_t = 5.0)]
     minutes: f64,
-    /// Only these kinds of faults
+    /// Only these kinds of faults; all but `stream` if absent
     #[arg(long, value_enum, value_delimiter = ',')]
     faults: Vec<Fault>,
     /// NATS is a cluster of three nodes
@@ -104,7 +104,7 @@ impl Chaos {
         };
         let seed = self.seed.unwrap_or_else(|| rand::random_range(0..1_000_000));
         let faults: Vec<Fault> = if self.faults.is_empty() {
-            Fault::value_variants().to_vec()
+            Fault::value_variants().iter().copied().filter(|fault| fault.is_usual()).collect()
         } else {
             std::mem::take(&mut self.faults)
         };
