@@ -73,6 +73,12 @@ impl Fault {
         }
     }
 
+    /// Whether it is among those of a run that names none. A stream that is deleted takes with it what only it knew: how far
+    /// a delivery had come is then pieced together from history, so the accounts of attempts are not exact.
+    pub(super) fn is_usual(self) -> bool {
+        self != Self::Stream
+    }
+
     /// Whether there is something to break where the queue is a table.
     pub(super) fn works_without_nats(self) -> bool {
         !matches!(self, Self::NatsKill | Self::NatsRestart | Self::NatsStop | Self::Consumer | Self::Full)

@@ -94,6 +94,11 @@ impl Plan {
         }
     }
 
+    /// Short where no answer comes; else long enough for a machine that has much else to do.
+    fn timeout_ms(&self) -> u64 {
+        if matches!(self.conduct, Conduct::Hanging | Conduct::Dripping) { 1_000 } else { 5_000 }
+    }
+
     fn attempts(&self) -> u32 {
         u32::try_from(self.delays_ms.len())
             .map_or(ATTEMPTS, |waits| if waits == 0 { ATTEMPTS } else { waits + 1 })
@@ -157,7 +162,8 @@ async fn open(
     let path = format!("/{organization}/{}", plan.name);
     let visible = !matches!(plan.conduct, Conduct::WithoutTls);
     let url = if visible { receiver.url(&path) } else { receiver.url_without_tls(&path) };
-    let connection = json!({ "name": plan.name, "kind": "webhook", "url": url, "timeoutMs": 1_000 });
+    let connection =
+        json!({ "name": plan.name, "kind": "webhook", "url": url, "timeoutMs": plan.timeout_ms() });
     let connection = api.post("/v1/connections", &connection).await?.require(201)?;
     let id = connection.string("/id")?;
     let mut wants = Vec::new();
