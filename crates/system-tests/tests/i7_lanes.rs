@@ -57,7 +57,7 @@ async fn publish_many(tenant: &Tenant, event_type: &str, n: usize) -> BTreeSet<S
     for from in (0..n).step_by(500) {
         let events: Vec<Value> =
             (from..n.min(from + 500)).map(|n| json!({ "type": event_type, "data": { "n": n } })).collect();
-        let reply = tenant.api.publish_batch(&events).await.unwrap().expect(202);
+        let reply = tenant.api.publish(&Value::from(events)).await.unwrap().expect(202);
         let items = reply.body["items"].as_array().unwrap();
         ids.extend(items.iter().map(|item| item["id"].as_str().unwrap().to_owned()));
     }
