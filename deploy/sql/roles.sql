@@ -22,6 +22,7 @@ GRANT bus_publisher, bus_worker, bus_scheduler, bus_archiver TO bus_all;
 GRANT SELECT ON _sqlx_migrations TO bus_publisher, bus_worker, bus_scheduler, bus_archiver;
 
 GRANT SELECT, INSERT, UPDATE ON organizations, api_keys, connections, subscriptions TO bus_publisher;
+GRANT SELECT, INSERT, UPDATE ON organization_usage TO bus_publisher;
 GRANT SELECT, INSERT ON events TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON event_keys, outbox TO bus_publisher;
 GRANT SELECT, INSERT, UPDATE ON delivery_queue TO bus_publisher;

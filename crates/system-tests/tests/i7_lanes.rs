@@ -13,6 +13,7 @@ use bus_core::ids::OrganizationId;
 use devkit::{
     processes::Role,
     receiver::{Answer, Receiver},
+    servers::connect_nats,
     stack::{Backend, Stack, StackOptions},
     wait_until,
 };
@@ -57,7 +58,7 @@ async fn publish_many(tenant: &Tenant, event_type: &str, n: usize) -> BTreeSet<S
     for from in (0..n).step_by(500) {
         let events: Vec<Value> =
             (from..n.min(from + 500)).map(|n| json!({ "type": event_type, "data": { "n": n } })).collect();
-        let reply = tenant.api.publish_batch(&events).await.unwrap().expect(202);
+        let reply = tenant.api.publish(&Value::from(events)).await.unwrap().expect(202);
         let items = reply.body["items"].as_array().unwrap();
         ids.extend(items.iter().map(|item| item["id"].as_str().unwrap().to_owned()));
     }
@@ -68,7 +69,7 @@ async fn publish_many(tenant: &Tenant, event_type: &str, n: usize) -> BTreeSet<S
 async fn by_lane(stack: &Stack, tenant: &Tenant) -> BTreeMap<u16, usize> {
     let mut lanes = BTreeMap::new();
     if let Some(url) = stack.nats_url() {
-        let client = async_nats::connect(url).await.unwrap();
+        let client = connect_nats(&url).await.unwrap();
         let mut streams = jetstream::new(client.clone()).streams();
         let filter = format!("{}.deliver.*.{}.>", stack.prefix(), tenant.organization);
         while let Some(stream) = streams.try_next().await.unwrap() {
