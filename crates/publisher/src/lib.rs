@@ -3,7 +3,7 @@
 //! The way of an event: [`api`] reads the request, [`ingest`] bounds what is under way, [`commit`] puts
 //! whatever has gathered into one transaction and matches it there, [`fanout`] puts the deliveries into
 //! the queue. [`relay`] does that for a process that died before it could, and
-//! [`reconcile`] does it again for a broker that lost what it had.
+//! `reconcile` does it again for a broker that lost what it had.
 
 pub mod api;
 pub mod commit;

@@ -48,6 +48,14 @@ const AFTER_THE_LAST: Duration = Duration::from_secs(5);
 const MAX_TIMEOUT_MS: u64 = 5_000;
 const ACK_WAIT_MS: u64 = 10_500;
 
+/// Endpoints that fail are left alone for moments only, so that what is hopeless is given up within the run.
+const HURRY: [(&str, u32); 4] = [
+    ("EVENT_BUS_WORKER__BREAKER__OPEN_MS", 200),
+    ("EVENT_BUS_WORKER__BREAKER__OPEN_MAX_MS", 500),
+    ("EVENT_BUS_WORKER__BREAKER__PROBES", 16),
+    ("EVENT_BUS_WORKER__CONNECTION__BACKLOG_PER_S", 500),
+];
+
 /// Break everything in turn under load, and account for every event.
 #[derive(Debug, Args)]
 pub struct Chaos {
@@ -146,6 +154,9 @@ impl Chaos {
             .env("EVENT_BUS_TELEMETRY__FILTER", "info,async_nats=warn,delivery_worker=debug")
             .role_env(Role::DeliveryWorker, "EVENT_BUS_SINK__MAX_TIMEOUT_MS", MAX_TIMEOUT_MS)
             .role_env(Role::Publisher, "EVENT_BUS_SCHEDULES__MIN_INTERVAL_S", 1);
+        for (name, value) in HURRY {
+            options = options.role_env(Role::DeliveryWorker, name, value);
+        }
         for role in Role::ALL {
             options = options.replicas(role, REPLICAS);
         }
