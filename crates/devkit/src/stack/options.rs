@@ -44,7 +44,7 @@ impl Backend {
 /// Whose servers a stack uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ServerChoice {
-    /// Those of [`shared_servers`]; the stack has a database and a subject prefix of its own.
+    /// Those of [`shared_servers`](crate::servers::shared_servers); the stack has a database and a subject prefix of its own.
     Shared,
     /// Its own, which the test may kill.
     Own(Durability),
@@ -62,7 +62,7 @@ pub struct StackOptions {
     pub servers: ServerChoice,
     /// Configuration for every binary of a role, or of all roles. The process of every role gets it all.
     pub env: Vec<(Option<Role>, String, String)>,
-    /// The folder with the binaries; see [`bin_dir`].
+    /// The folder with the binaries; see [`bin_dir`](crate::processes::bin_dir).
     pub bin_dir: Option<PathBuf>,
     /// Whether its own NATS is a cluster of three nodes, and each stream has three copies.
     pub cluster: bool,
