@@ -74,7 +74,8 @@ AS $$
 DECLARE
     since timestamptz;
 BEGIN
-    SELECT failing_since INTO since FROM connections
+    -- An older publisher that enables a connection leaves the time in place.
+    SELECT greatest(failing_since, CASE WHEN failing_since IS NOT NULL THEN updated_at END) INTO since FROM connections
      WHERE id = connection AND organization_id = of_organization AND version = attempted_version;
     IF since IS NULL THEN
         UPDATE connections SET failing_since = now()

@@ -16,7 +16,7 @@ pub(crate) struct Flags {
     /// Configuration file of a binary (TOML); the environment overrides it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The database, with the user of the workers or the owner
+    /// The database, with the user of the process of every role (bus_all) or the owner
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     database_url: Option<String>,
     /// The broker

@@ -77,7 +77,9 @@ impl Reconcile {
         pg::check_schema(&pool).await?;
         let stop = CancellationToken::new();
         let transport = Transport::connect(&common, &pool, "reconcile", stop.clone()).await?;
-        transport.queue.prepare().await?;
+        if let Some(nats) = &transport.nats {
+            nats.wait_for_server().await?;
+        }
 
         let mut told: Option<Instant> = None;
         let tell = |found: &Reconciled| {
@@ -90,7 +92,8 @@ impl Reconcile {
             pool: &pool,
             queue: transport.queue.as_ref(),
             hints: transport.hints.as_ref(),
-            history_lags: transport.nats.is_some(),
+            nats: transport.nats.as_ref(),
+            settled_after: Duration::from_millis(common.nats.ack_wait_ms),
             dry_run: self.dry_run,
         };
         let found = reconciler.run(since, tell).await?;

@@ -225,10 +225,14 @@ impl Nats {
         Ok(())
     }
 
-    /// When the delivery stream was created, which tells it from one of the same name; `None` if there is none.
-    pub async fn delivery_stream_created(&self) -> Result<Option<String>, NatsError> {
+    /// When the delivery stream was created, which tells it from one of the same name, and how many copies it has; `None`
+    /// if there is none.
+    pub async fn delivery_stream_created(&self) -> Result<Option<(String, usize)>, NatsError> {
         match self.jetstream.get_stream(&self.names.deliver_stream).await {
-            Ok(stream) => Ok(Some(stream.cached_info().created.unix_timestamp_nanos().to_string())),
+            Ok(stream) => {
+                let info = stream.cached_info();
+                Ok(Some((info.created.unix_timestamp_nanos().to_string(), info.config.num_replicas)))
+            }
             Err(failed) => match failed.kind() {
                 GetStreamErrorKind::JetStream(refused)
                     if refused.error_code() == ErrorCode::STREAM_NOT_FOUND =>
@@ -252,6 +256,15 @@ impl Nats {
             }
         }
         Ok(lanes)
+    }
+
+    /// Whether the audit stream holds so many percent of the bytes that it may hold.
+    pub async fn audit_is_full(&self, percent: u64) -> Result<bool, NatsError> {
+        let stream =
+            self.jetstream.get_stream(&self.names.audit_stream).await.during("look at the audit stream")?;
+        let info = stream.cached_info();
+        let limit = u64::try_from(info.config.max_bytes).unwrap_or(u64::MAX);
+        Ok(info.state.bytes.saturating_mul(100) >= limit.saturating_mul(percent))
     }
 
     /// The durable consumer of one lane, created if it is missing.
@@ -313,11 +326,14 @@ impl Nats {
     /// Returns when the server has done what this connection asked for before: it answers in order.
     pub(crate) async fn round_trip(&self) -> Result<(), NatsError> {
         const OPERATION: &str = "ask the server for a sign of life";
-        let inbox = self.client.new_inbox();
-        let mut answer = self.client.subscribe(inbox.clone()).await.during(OPERATION)?;
-        self.client.publish(inbox, Bytes::new()).await.during(OPERATION)?;
-        let answered = tokio::time::timeout(ROUND_TRIP, answer.next()).await.during(OPERATION)?;
-        answered.map(drop).ok_or("the client is closed").during(OPERATION)
+        // To ask may take as long: in a partition the client has no room for what it is told to send.
+        let asked = async {
+            let inbox = self.client.new_inbox();
+            let mut answer = self.client.subscribe(inbox.clone()).await.during(OPERATION)?;
+            self.client.publish(inbox, Bytes::new()).await.during(OPERATION)?;
+            answer.next().await.map(drop).ok_or("the client is closed").during(OPERATION)
+        };
+        tokio::time::timeout(ROUND_TRIP, asked).await.during(OPERATION)?
     }
 
     /// Sends what is buffered (the last acknowledgements), for at most two seconds.

@@ -105,7 +105,7 @@ impl Peers {
 
 /// Never ends.
 async fn follow(hints: Arc<dyn Notifier>, role: PeerRole, instance: Uuid, peers: Peers) {
-    let mut heard = Heard { own: instance, last: HashMap::new() };
+    let mut heard = Heard::new(instance);
     let alive = Hint::Alive { role, instance };
     let mut news = hints.listen();
     let mut ticks = interval(EVERY);
@@ -140,23 +140,38 @@ async fn follow(hints: Arc<dyn Notifier>, role: PeerRole, instance: Uuid, peers:
 struct Heard {
     own: Uuid,
     last: HashMap<Uuid, Instant>,
+    /// When it began to hear again, after it had not heard itself.
+    resumed: Option<Instant>,
+    believed: u32,
 }
 
 impl Heard {
+    fn new(own: Uuid) -> Self {
+        Self { own, last: HashMap::new(), resumed: None, believed: 1 }
+    }
+
     /// Whether this one is new.
     fn hear(&mut self, instance: Uuid, now: Instant) -> bool {
-        self.last.insert(instance, now).is_none()
+        let before = self.last.insert(instance, now);
+        if instance == self.own && before.is_none_or(|at| now.duration_since(at) > HEARD) {
+            self.resumed = Some(now);
+        }
+        before.is_none()
     }
 
     /// How many there are. `None` if this process does not hear itself: it would not hear the others either, and
-    /// what it believed before is the better guess.
+    /// what it believed before is the better guess. It also is for a while after it hears itself again: the others may be
+    /// heard only later.
     fn count(&mut self, now: Instant) -> Option<NonZeroU32> {
         let is_fresh = |at: &Instant| now.duration_since(*at) <= HEARD;
         if !self.last.get(&self.own).is_some_and(is_fresh) {
             return None;
         }
         self.last.retain(|_, at| is_fresh(at));
-        NonZeroU32::new(u32::try_from(self.last.len()).unwrap_or(u32::MAX))
+        let heard = u32::try_from(self.last.len()).unwrap_or(u32::MAX);
+        let is_early = self.resumed.is_some_and(|at| now.duration_since(at) < EVERY * 2);
+        self.believed = if is_early { heard.max(self.believed) } else { heard };
+        NonZeroU32::new(self.believed)
     }
 }
 
@@ -222,7 +237,7 @@ mod tests {
     #[test]
     fn who_is_cut_off_believes_what_it_knew() {
         let (own, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let mut heard = Heard { own, last: HashMap::new() };
+        let mut heard = Heard::new(own);
         let begun = Instant::now();
         assert!(heard.hear(other, begun));
         assert_eq!(heard.count(begun), None, "it has not heard itself");
@@ -232,7 +247,9 @@ mod tests {
         let later = begun + HEARD + Duration::from_millis(1);
         assert_eq!(heard.count(later), None);
         heard.hear(own, later);
-        assert_eq!(heard.count(later), NonZeroU32::new(1));
+        assert_eq!(heard.count(later), NonZeroU32::new(2), "the other one may be heard in a moment");
+        heard.hear(own, later + EVERY * 2);
+        assert_eq!(heard.count(later + EVERY * 2), NonZeroU32::new(1));
     }
 
     #[test]

@@ -246,7 +246,7 @@ async fn i7_a_connection_that_fails_is_noted_once_and_disabled_after_a_time_with
     assert_eq!(fixture.versions(connection).await, before, "nothing of it matters to deliveries");
 
     fails(1, DAY).await;
-    sqlx::query("UPDATE connections SET failing_since = now() - interval '25 hours'")
+    sqlx::query("UPDATE connections SET failing_since = now() - interval '25 hours', updated_at = now() - interval '26 hours'")
         .execute(&fixture.pool)
         .await
         .unwrap();

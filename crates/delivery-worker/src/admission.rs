@@ -185,16 +185,18 @@ impl Admission {
                 return Entered::Refused(known.park(Why::CircuitOpen, until, shares, now, (self.0.random)()));
             }
         };
+        let has_room = known.waiting.is_empty() && known.has_place(request.lane, request.slots);
         let refused = if ticket.is_probe {
             None
-        } else if !request.returns && known.pace.is_ahead(now) {
+        } else if !request.returns && known.pace.is_ahead(now) && !has_room {
+            // With room for both, nobody waits for those that are parked.
             Some(Why::Behind)
         } else {
             let waits = |rate| known.bucket.wait(now, rate) > longest;
             shares.rate.is_some_and(waits).then_some(Why::RateLimit)
         };
         let why = match refused {
-            None if known.waiting.is_empty() && known.has_place(request.lane, request.slots) => {
+            None if has_room => {
                 return Entered::Admitted(known.take(self, id, ticket, request.lane, request.slots, now));
             }
             None if !ticket.is_probe && known.may_wait(longest, now) => {

@@ -173,7 +173,8 @@ impl ClosedDeliveries {
     async fn read_again(&self, read_at: &mut Option<Instant>) -> bool {
         let begun = Instant::now();
         let since = read_at.map_or(self.lifetime, |at| at.elapsed().min(self.lifetime)) + OVERLAP;
-        match pg::closed_lately(&self.pool, since.as_secs(), READ).await {
+        let lately = pg::closed_lately(&self.pool, since.as_secs(), READ);
+        match pg::answered("read which deliveries were closed", lately).await {
             Ok(closed) => {
                 if closed.len() >= READ as usize {
                     note_now(&self.forgot);

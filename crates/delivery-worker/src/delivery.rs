@@ -110,6 +110,17 @@ struct InHand {
     slot: Slot,
 }
 
+/// Whether a delivery is in the lane in which it belongs.
+enum Moved {
+    Yes,
+    No,
+    /// It is not known. An attempt where it is would be one of two.
+    Perhaps,
+}
+
+/// What may have been moved is tried again after this time.
+const MOVED_AGAIN: Duration = Duration::from_secs(1);
+
 impl Deliverer {
     /// Starts what runs beside the deliveries: it follows hints, parks, and sends receipts, until the stop.
     pub fn start(parts: Parts) -> Self {
@@ -166,10 +177,12 @@ impl Deliverer {
             };
             return self.parking.park(park, hold, "queue_full", slot).await;
         }
-        if let Some(home) = self.parts.homes.elsewhere(key.organization, lane).await
-            && self.moved(home, &hold, progress, handed_out, &body).await
-        {
-            return hold.ack().await;
+        if let Some(home) = self.parts.homes.elsewhere(key.organization, lane).await {
+            match self.moved(home, &hold, progress, handed_out, &body).await {
+                Moved::Yes => return hold.ack().await,
+                Moved::Perhaps => return hold.put_back(MOVED_AGAIN).await,
+                Moved::No => {}
+            }
         }
         let prepared = if handed_out > self.parts.settings.max_handed_out {
             Some(Err(DeadReason::RedeliveredTooOften))
@@ -210,16 +223,16 @@ impl Deliverer {
     }
 
     /// Enters a delivery in the lane in which it belongs, as its next turn: with the same turn the queue would take it
-    /// for a repetition. False if it has to be delivered where it is. So a queue that is full, and takes nothing more, is
+    /// for a repetition. What the queue refuses is delivered where it is: so one that is full, and takes nothing more, is
     /// emptied all the same.
-    async fn moved(&self, lane: u16, hold: &Hold, progress: Progress, handed_out: u32, body: &Body) -> bool {
+    async fn moved(&self, lane: u16, hold: &Hold, progress: Progress, handed_out: u32, body: &Body) -> Moved {
         let key = hold.key;
         if handed_out > 1 {
             // Whoever had it before may have delivered it in this turn; of the next one that is not known.
             let turn = Turn { key, progress, handed_out, age: self.age(progress) };
             match self.closed.overruled(&[turn]).await {
                 Ok(overruled) if !overruled.contains(&true) => {}
-                _ => return false,
+                _ => return Moved::No,
             }
         }
         let next = progress.next(progress.attempts);
@@ -228,11 +241,11 @@ impl Deliverer {
         match entered {
             Ok(()) => {
                 counter!("bus_deliveries_moved").increment(1);
-                true
+                Moved::Yes
             }
             Err(failed) => {
                 debug!(delivery.id = %key.id, error = %Chain(&failed), "Not moved to its lane");
-                false
+                if failed.is_refusal() { Moved::No } else { Moved::Perhaps }
             }
         }
     }

@@ -67,7 +67,8 @@ impl Failing {
         let (this, after) = (self.clone(), self.disable_after_s);
         let (organization, id, version) = (connection.organization, connection.id, connection.version);
         self.tasks.spawn(async move {
-            match pg::note_failing(&this.pool, organization, id, version, after).await {
+            let noted = pg::note_failing(&this.pool, organization, id, version, after);
+            match pg::answered("note that an endpoint fails", noted).await {
                 Ok(true) => {
                     info!(connection.id = %id, "Connection disabled: its endpoint has failed for too long");
                     this.hints.notify(Hint::ConnectionChanged(id)).await;
@@ -87,7 +88,8 @@ impl Failing {
             self.removed.insert(id, since);
         }
         self.tasks.spawn(async move {
-            if let Err(failed) = pg::note_working(&this.pool, organization, id).await {
+            let noted = pg::note_working(&this.pool, organization, id);
+            if let Err(failed) = pg::answered("note that an endpoint works", noted).await {
                 this.removed.invalidate(&id);
                 not_noted(id, &failed);
             }

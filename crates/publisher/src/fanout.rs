@@ -116,7 +116,7 @@ async fn mark_finished(
             }
         }
         let mut said = false;
-        while let Err(failed) = pg::finish_outbox(&pool, &batch).await {
+        while let Err(failed) = pg::answered("finish outbox rows", pg::finish_outbox(&pool, &batch)).await {
             if !said {
                 warn!(error = %Chain(&failed), rows = batch.len(), "Finished fan-outs are not marked yet");
                 said = true;

@@ -61,13 +61,23 @@ impl Reconciling {
     }
 
     async fn look(&self, nats: &Nats) -> Result<(), BoxError> {
-        let Some(stream) = nats.delivery_stream_created().await? else { return Ok(()) };
+        let Some((stream, copies)) = nats.delivery_stream_created().await? else { return Ok(()) };
         let broker = Broker { server: nats.client.server_info().server_id, stream };
-        let Some(new) = pg::meet_broker(&self.pool, &broker, LEASE).await? else { return Ok(()) };
+        let met = pg::meet_broker(&self.pool, &broker, LEASE);
+        let Some(new) = pg::answered("note which broker is there", met).await? else { return Ok(()) };
+        if copies > 1 && !new.stream_is_new {
+            // Another server of a cluster: the stream has lost nothing with the one before.
+            return Ok(pg::answered(
+                "note which broker is there",
+                pg::broker_is_reconciled(&self.pool, &broker),
+            )
+            .await?);
+        }
         let since = self.since(&new);
         info!(broker.server, broker.stream, %since, "A broker that was not met before is compared with history");
-        let found = self.reconcile(&broker, since).await?;
-        pg::broker_is_reconciled(&self.pool, &broker).await?;
+        let found = self.reconcile(nats, &broker, since).await?;
+        pg::answered("note that a broker is reconciled", pg::broker_is_reconciled(&self.pool, &broker))
+            .await?;
         counter!("bus_reconciled_deliveries").increment(found.put_back);
         let Reconciled { events, deliveries, lost, put_back, .. } = found;
         if lost > 0 {
@@ -85,12 +95,18 @@ impl Reconciling {
     }
 
     /// Holds the task while it lasts.
-    async fn reconcile(&self, broker: &Broker, since: Timestamp) -> Result<Reconciled, ReconcileError> {
+    async fn reconcile(
+        &self,
+        nats: &Nats,
+        broker: &Broker,
+        since: Timestamp,
+    ) -> Result<Reconciled, ReconcileError> {
         let reconciler = Reconciler {
             pool: &self.pool,
             queue: self.transport.queue.as_ref(),
             hints: self.transport.hints.as_ref(),
-            history_lags: true,
+            nats: Some(nats),
+            settled_after: Duration::from_millis(nats.config.ack_wait_ms),
             dry_run: false,
         };
         let work = reconciler.run(since, |_| self.beat.beat());
@@ -100,7 +116,7 @@ impl Reconciling {
                 Ok(done) => return done,
                 Err(_) => {
                     self.beat.beat();
-                    pg::hold_broker(&self.pool, broker, LEASE).await?;
+                    pg::answered("hold on to a broker", pg::hold_broker(&self.pool, broker, LEASE)).await?;
                 }
             }
         }

@@ -20,6 +20,7 @@ use bus_core::{
 use futures::future::join_all;
 use metrics::{counter, gauge};
 use sqlx::PgPool;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -75,8 +76,15 @@ pub(crate) struct Relay {
 impl Relay {
     /// Runs until the stop.
     pub(crate) async fn run(self) -> Result<(), BoxError> {
+        let mut measured: Option<Instant> = None;
         while !self.stop.is_cancelled() {
             self.beat.beat();
+            // Also while there is more than enough to do: that is when it matters.
+            if measured.is_none_or(|at| at.elapsed() >= INTERVAL) {
+                self.measure().await;
+                measured = Some(Instant::now());
+                self.beat.beat();
+            }
             let taken = pg::take_over(&self.pool, ROWS, self.config.outbox_lease_s);
             match pg::answered("take over unfinished fan-outs", taken).await {
                 Ok(rows) => {
@@ -89,17 +97,20 @@ impl Relay {
                 }
                 Err(failed) => warn!(error = %Chain(&failed), "Unfinished fan-outs wait"),
             }
-            match pg::answered("read what is in the outbox", pg::open_outbox(&self.pool)).await {
-                Ok(open) => {
-                    gauge!("bus_outbox_oldest_seconds").set(open.age.as_secs_f64());
-                    gauge!("bus_outbox_events").set(open.events as f64);
-                    self.backlog.measure(open, &self.config);
-                }
-                Err(failed) => warn!(error = %Chain(&failed), "The outbox's age is unknown"),
-            }
             self.stop.run_until_cancelled(tokio::time::sleep(INTERVAL)).await;
         }
         Ok(())
+    }
+
+    async fn measure(&self) {
+        match pg::answered("read what is in the outbox", pg::open_outbox(&self.pool)).await {
+            Ok(open) => {
+                gauge!("bus_outbox_oldest_seconds").set(open.age.as_secs_f64());
+                gauge!("bus_outbox_events").set(open.events as f64);
+                self.backlog.measure(open, &self.config);
+            }
+            Err(failed) => warn!(error = %Chain(&failed), "The outbox's age is unknown"),
+        }
     }
 
     /// Finishes one row; whether it is. What it cannot do stays in the row, for whoever takes it next.
@@ -123,7 +134,9 @@ impl Relay {
             let (events, rest) = left.split_at(left.len().min(EVENTS));
             let mut chunks = Chunks::new(self.queue.as_ref(), Progress::new(self.clock.now()));
             let loaded = pg::load_fan_out(&self.pool, events);
-            for event in pg::answered("load a fan-out", loaded).await? {
+            let loaded = pg::answered("load a fan-out", loaded).await?;
+            self.beat.beat();
+            for event in loaded {
                 for key in &event.deliveries {
                     chunks.push(*key, event.lane, &event.body).await?;
                     self.beat.beat();

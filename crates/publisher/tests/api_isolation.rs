@@ -4,9 +4,10 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use common::{Bus, Caller, Check as _, Tenant, deliveries::Published, operations, pointers, problem};
+use devkit::wait_until;
 use http::Method;
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -227,6 +228,20 @@ async fn i3_a_foreign_key_sees_nothing_and_changes_nothing() {
     let stranger_tenant = bus.tenant("stranger").await;
     // The most that an organization can have, and what an ordinary one has.
     let admin = stranger_tenant.key(json!({ "scopes": ["publish", "subscribe", "read", "admin"] })).await;
+    // What was published is counted about a second later.
+    wait_until("the victim's events to be counted", Duration::from_secs(30), || async {
+        let (counted, published): (i64, i64) = sqlx::query_as(
+            "SELECT (SELECT coalesce(sum(events), 0)::int8 FROM organization_usage WHERE organization_id = $1::uuid),
+                    (SELECT count(*) FROM events WHERE organization_id = $1::uuid)
+                    + (SELECT count(*) FROM scheduled_events WHERE organization_id = $1::uuid)",
+        )
+        .bind(&victim.tenant.id)
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+        if counted == published { Ok(()) } else { Err(format!("{counted} of {published}")) }
+    })
+    .await;
     let before = fingerprint(&pool, &victim.tenant.id).await;
     assert!(before.len() >= 6, "every table with an organization_id: {before:?}");
 

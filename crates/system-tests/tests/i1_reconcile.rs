@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, path::Path, process::Stdio, time::Duration};
 use async_nats::jetstream;
 use devkit::{
     processes::{Role, bin_dir},
-    receiver::{Answer, Receiver},
+    receiver::{Answer, Receiver, Script},
     servers::{Durability, connect_nats},
     stack::{ServerChoice, Stack, StackOptions},
     wait_until,
@@ -23,6 +23,8 @@ async fn started(servers: ServerChoice) -> (Stack, Receiver, Tenant) {
     let options = StackOptions::default()
         .servers(servers)
         .role_env(Role::DeliveryWorker, "EVENT_BUS_SINK__MAX_TIMEOUT_MS", QUICK_TIMEOUT_MS)
+        // A first retry waits in the queue.
+        .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__RETRY__BASE_MS", 4_000)
         .env("EVENT_BUS_NATS__ACK_WAIT_MS", QUICK_ACK_WAIT_MS);
     let mut stack = Stack::start(options).await.unwrap();
     let receiver = Receiver::start().await.unwrap();
@@ -110,6 +112,18 @@ async fn reconcile(stack: &Stack, arguments: &[&str]) -> String {
     said.lines().rfind(|line| line.contains("reconcile: ")).unwrap_or_else(|| panic!("{said}")).to_owned()
 }
 
+/// The numbers of the attempts of an event's only delivery, once there are so many.
+async fn attempts(tenant: &Tenant, event: &str, count: usize) -> Vec<u64> {
+    let path = format!("/v1/events/{event}/deliveries");
+    wait_until("the attempts to be in history", DEADLINE, || async {
+        let reply = tenant.api.get(&path).await.unwrap().expect(200);
+        let attempts = reply.body["items"][0]["attempts"].as_array().cloned().unwrap_or_default();
+        let numbers: Vec<u64> = attempts.iter().filter_map(|attempt| attempt["attempt"].as_u64()).collect();
+        if numbers.len() == count { Ok(numbers) } else { Err(numbers.len()) }
+    })
+    .await
+}
+
 #[tokio::test]
 async fn i1_what_was_purged_is_found_and_put_back_and_nothing_else() {
     let (mut stack, receiver, tenant) = started(ServerChoice::Shared).await;
@@ -124,10 +138,16 @@ async fn i1_what_was_purged_is_found_and_put_back_and_nothing_else() {
     all_arrived(&receiver, &PATHS, &delivered).await;
     // The one that waits is counted.
     in_queue(&stack, 1).await;
+    // One has failed, and its next turn waits in the queue.
+    tenant.receive(&receiver, "/retry", "retry").await.unwrap();
+    receiver.script("/retry", Script::fail_first(1, 500));
+    let retried = tenant.publish_number("retry", 0).await.unwrap();
+    receiver.wait_for("/retry", 1).await;
     stop_worker(&mut stack).await;
+    in_queue(&stack, 2).await;
 
     let lost = publish(&tenant, 30).await;
-    in_queue(&stack, 61).await;
+    in_queue(&stack, 62).await;
     let jetstream = jetstream::new(connect_nats(&stack.nats_url().unwrap()).await.unwrap());
     let name = format!("{}_DELIVER", stack.prefix().to_uppercase());
     jetstream.get_stream(&name).await.unwrap().purge().await.unwrap();
@@ -135,14 +155,16 @@ async fn i1_what_was_purged_is_found_and_put_back_and_nothing_else() {
     in_queue(&stack, 21).await;
 
     let rehearsal = reconcile(&stack, &["--dry-run"]).await;
-    assert!(rehearsal.contains("deliveries 122, in the queue 20, lost 60, put back 0"), "{rehearsal}");
+    assert!(rehearsal.contains("deliveries 123, in the queue 20, lost 61, put back 0"), "{rehearsal}");
     let done = reconcile(&stack, &[]).await;
-    assert!(done.contains("lost 60, put back 60"), "{done}");
+    assert!(done.contains("lost 61, put back 61"), "{done}");
     start_worker(&mut stack).await;
     let all = delivered.iter().chain(&lost).chain(&kept).cloned().collect();
     let repeats = all_arrived(&receiver, &PATHS, &all).await;
     assert_eq!(repeats, 0, "none was lost that is not said to be");
     assert_eq!(receiver.count("/late"), 1, "{late} waits until its time");
+    receiver.wait_for("/retry", 2).await;
+    assert_eq!(attempts(&tenant, &retried, 2).await, [1, 2], "what failed before is counted once");
     let again = reconcile(&stack, &[]).await;
     assert!(again.contains("lost 0, put back 0"), "{again}");
     stack.shutdown().await.unwrap();

@@ -59,10 +59,13 @@ pub async fn meet_broker(
         "UPDATE brokers b SET lease_until = now() + make_interval(secs => $3)
          WHERE server = $1 AND stream = $2 AND reconciled_at IS NULL AND lease_until <= now()
          -- `least` passes over NULL: the earlier ones may be forgotten by now.
-         RETURNING least((SELECT max(o.seen_at) FROM brokers o WHERE o.first_seen_at < b.first_seen_at),
+         -- One that was not compared itself vouches for nothing.
+         RETURNING least((SELECT max(o.seen_at) FROM brokers o
+                          WHERE o.first_seen_at < b.first_seen_at AND o.reconciled_at IS NOT NULL),
                          b.first_seen_at) AS known_until,
                    NOT EXISTS (SELECT FROM brokers o
-                               WHERE o.first_seen_at < b.first_seen_at AND o.stream = b.stream) AS stream_is_new",
+                               WHERE o.first_seen_at < b.first_seen_at AND o.stream = b.stream
+                                 AND o.reconciled_at IS NOT NULL) AS stream_is_new",
     )
     .bind(&broker.server)
     .bind(&broker.stream)

@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use sqlx::{PgPool, Row as _, postgres::PgRow};
 use uuid::Uuid;
 
@@ -14,7 +14,7 @@ use super::{
 use crate::{
     delivery::{DeliveryKey, Progress},
     fanout::Target,
-    ids::{DeliveryId, EventUid, OrganizationId, SubscriptionId},
+    ids::{DeliveryId, EventUid, OrganizationId, SubscriptionId, uuid_floor},
     lifecycle::State,
     receipt::ReceiptOutcome,
 };
@@ -27,6 +27,12 @@ const DELIVERIES: i64 = 20_000;
 
 /// Why a delivery that was put back waits, until a scheduler takes it.
 const REASON: &str = "the queue had lost it";
+
+/// So many turns on from the last one that left a trace: more than a delivery can have had without one.
+const FURTHER: i64 = 1_000;
+
+/// An event's uid is made at most this long before the transaction that stores it, if it is due at once.
+const PUBLISHED_BEFORE: SignedDuration = SignedDuration::from_secs(120);
 
 /// A delivery, and how far it has come as far as the database knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,25 +114,31 @@ fn matched(row: &PgRow, event: EventUid) -> Result<Option<Known>, sqlx::Error> {
 /// A place in the order of [`returned_deliveries`].
 pub type Place = (Timestamp, DeliveryId);
 
-/// Deliveries of events before `before` that came back into the queue at `after.0` or later, as many as a page holds.
-/// With the place of the last one.
+/// Deliveries that came back into the queue after `after`, and at `until` at the latest, as many as a page holds, and that
+/// [`matched_deliveries`] does not give: their event came before `from`, or they were replayed to a subscription that did not
+/// match it. With the place of the last one.
 pub async fn returned_deliveries(
     pool: &PgPool,
-    before: Uuid,
+    from: Uuid,
     after: Place,
+    until: Timestamp,
 ) -> Result<(Vec<Known>, Option<Place>), StoreError> {
     const OPERATION: &str = "read the deliveries that came back";
     let rows = sqlx::query(
         "SELECT delivery_id, event_uid, organization_id, subscription_id, connection_id, connection_version,
                 attempts, turn, since, changed_at
-         FROM delivery_states
-         WHERE state = 'queued' AND event_uid < $1 AND (changed_at, delivery_id) > ($2, $3)
+         FROM delivery_states d
+         WHERE state = 'queued' AND (changed_at, delivery_id) > ($2, $3) AND changed_at <= $5
+           AND (event_uid < $1
+                OR NOT EXISTS (SELECT FROM events e
+                               WHERE e.uid = d.event_uid AND d.subscription_id = ANY(e.subscriptions)))
          ORDER BY changed_at, delivery_id LIMIT $4",
     )
-    .bind(before)
+    .bind(from)
     .bind(jiff_sqlx::Timestamp::from(after.0))
     .bind(after.1.0)
     .bind(DELIVERIES)
+    .bind(jiff_sqlx::Timestamp::from(until))
     .fetch_all(pool)
     .await
     .during(OPERATION)?;
@@ -139,8 +151,22 @@ pub async fn returned_deliveries(
     Ok((known, rows.last().map(place).transpose().during(OPERATION)?))
 }
 
-/// Those of the deliveries that neither history nor a row in the database answers for, as far as they have come.
-pub async fn unsettled(pool: &PgPool, deliveries: &[Known]) -> Result<Vec<Known>, StoreError> {
+/// A delivery that neither history nor a row in the database answers for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unsettled {
+    /// As it was asked for.
+    pub known: Known,
+    /// How far it has come by now.
+    pub progress: Progress,
+}
+
+/// Those of the deliveries that neither history nor a row in the database answers for. One that came back into the queue after
+/// `asked` is none of them: it was not there to be found.
+pub async fn unsettled(
+    pool: &PgPool,
+    deliveries: &[Known],
+    asked: Option<Timestamp>,
+) -> Result<Vec<Unsettled>, StoreError> {
     const OPERATION: &str = "ask which deliveries are settled";
     let events: HashSet<Uuid> = deliveries.iter().map(|known| known.key.event.0).collect();
     let events: Vec<Uuid> = events.into_iter().collect();
@@ -156,9 +182,11 @@ pub async fn unsettled(pool: &PgPool, deliveries: &[Known]) -> Result<Vec<Known>
     .await
     .during(OPERATION)?;
     let rows = sqlx::query(
-        "SELECT delivery_id, state, attempts, turn, since FROM delivery_states WHERE delivery_id = ANY($1)",
+        "SELECT delivery_id, state, attempts, turn, since, coalesce(changed_at >= $2, false) AS is_news
+         FROM delivery_states WHERE delivery_id = ANY($1)",
     )
     .bind(&ids)
+    .bind(asked.map(jiff_sqlx::Timestamp::from))
     .fetch_all(pool)
     .await
     .during(OPERATION)?;
@@ -176,15 +204,20 @@ pub async fn unsettled(pool: &PgPool, deliveries: &[Known]) -> Result<Vec<Known>
         let read = || {
             let state: String = row.try_get("state")?;
             let state: State = state.parse().map_err(|()| sqlx::Error::Decode("unknown state".into()))?;
-            Ok::<_, sqlx::Error>((DeliveryId(row.try_get("delivery_id")?), (state, progress(row)?)))
+            let is_news: bool = row.try_get("is_news")?;
+            Ok::<_, sqlx::Error>((DeliveryId(row.try_get("delivery_id")?), (state, progress(row)?), is_news))
         };
-        let (id, at) = read().during(OPERATION)?;
-        standing.insert(id, at);
+        let (id, at, is_news) = read().during(OPERATION)?;
+        standing.insert(id, (at, is_news));
     }
     let left = deliveries.iter().filter_map(|known| {
         let tried = tried.get(&known.key.id).map_or(&[][..], Vec::as_slice);
-        let progress = open_at(known.progress, standing.get(&known.key.id), tried)?;
-        Some(Known { key: known.key, progress })
+        let standing = match standing.get(&known.key.id) {
+            Some((_, true)) => return None,
+            row => row.map(|(at, _)| at),
+        };
+        let progress = open_at(known.progress, standing, tried)?;
+        Some(Unsettled { known: *known, progress })
     });
     Ok(left.collect())
 }
@@ -225,7 +258,8 @@ pub async fn being_fanned_out(
     let uids: Vec<Uuid> = events.iter().map(|uid| uid.0).collect();
     let open: Vec<Uuid> = sqlx::query_scalar(
         "SELECT DISTINCT u.uid FROM outbox o CROSS JOIN LATERAL UNNEST(o.event_uids) AS u (uid)
-         WHERE o.finished_at IS NULL AND u.uid = ANY($1)",
+         JOIN UNNEST($1::uuid[]) AS wanted (uid) USING (uid)
+         WHERE o.finished_at IS NULL",
     )
     .bind(uids)
     .fetch_all(pool)
@@ -234,18 +268,43 @@ pub async fn being_fanned_out(
     Ok(open.into_iter().map(EventUid).collect())
 }
 
+/// The first event of the fan-outs that were finished at `since` or later: what was late to be due, or waited for a broker, is
+/// older than its fan-out.
+pub async fn fanned_out_from(pool: &PgPool, since: Timestamp) -> Result<Option<Uuid>, StoreError> {
+    const OPERATION: &str = "read the finished fan-outs";
+    let since = jiff_sqlx::Timestamp::from(since);
+    let first: Option<Uuid> = sqlx::query_scalar(
+        "SELECT u.uid FROM outbox o CROSS JOIN LATERAL UNNEST(o.event_uids) AS u (uid)
+         WHERE o.finished_at >= $1 ORDER BY u.uid LIMIT 1",
+    )
+    .bind(since)
+    .fetch_optional(pool)
+    .await
+    .during(OPERATION)?;
+    // A relay takes from a row what it has done; but none of its events was published much earlier than the row.
+    let oldest: Option<jiff_sqlx::Timestamp> =
+        sqlx::query_scalar("SELECT min(created_at) FROM outbox WHERE finished_at >= $1")
+            .bind(since)
+            .fetch_one(pool)
+            .await
+            .during(OPERATION)?;
+    let published = oldest.and_then(|at| at.to_jiff().saturating_sub(PUBLISHED_BEFORE).ok()).map(uuid_floor);
+    Ok(first.into_iter().chain(published).min())
+}
+
 /// Makes deliveries wait that are due at once, so that a scheduler puts them into the queue. Those about which something
 /// was written meanwhile stay as they are. Returns how many were put back.
 ///
-/// Two turns on: the next one may have been in the queue that lost it, which may still drop it as a repetition.
-pub async fn put_back(pool: &PgPool, lost: &[Known]) -> Result<u64, StoreError> {
-    let each = |f: fn(&DeliveryKey) -> Uuid| lost.iter().map(|one| f(&one.key)).collect::<Vec<_>>();
+/// Far on in turns: those that left no trace may have been in the queue that lost it, which may still drop them as
+/// repetitions.
+pub async fn put_back(pool: &PgPool, lost: &[Unsettled]) -> Result<u64, StoreError> {
+    let each = |f: fn(&DeliveryKey) -> Uuid| lost.iter().map(|one| f(&one.known.key)).collect::<Vec<_>>();
     let since: Vec<jiff_sqlx::Timestamp> = lost.iter().map(|one| one.progress.since.into()).collect();
     let attempts = lost.iter().map(|one| i32::try_from(one.progress.attempts).unwrap_or(i32::MAX));
     let done = sqlx::query(
         "INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
                                            connection_version, state, attempts, turn, since, due_at, reason)
-         SELECT d, e, o, s, c, v, 'waiting', n, t + 2, a, now(), $10
+         SELECT d, e, o, s, c, v, 'waiting', n, t + $11, a, now(), $10
          FROM UNNEST($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::uuid[], $6::int8[], $7::int4[],
                      $8::int8[], $9::timestamptz[]) AS u (d, e, o, s, c, v, n, t, a)
          ORDER BY d
@@ -253,18 +312,19 @@ pub async fn put_back(pool: &PgPool, lost: &[Known]) -> Result<u64, StoreError> 
              SET state = 'waiting', attempts = excluded.attempts, turn = excluded.turn, since = excluded.since,
                  due_at = excluded.due_at, lease_until = '-infinity', reason = excluded.reason,
                  connection_version = excluded.connection_version, changed_at = now()
-             WHERE p.state = 'queued' AND p.turn < excluded.turn - 1",
+             WHERE p.state = 'queued' AND p.turn <= excluded.turn - $11",
     )
     .bind(each(|key| key.id.0))
     .bind(each(|key| key.event.0))
     .bind(each(|key| key.organization.0))
     .bind(each(|key| key.subscription.0))
     .bind(each(|key| key.connection.0))
-    .bind(lost.iter().map(|one| one.key.connection_version).collect::<Vec<_>>())
+    .bind(lost.iter().map(|one| one.known.key.connection_version).collect::<Vec<_>>())
     .bind(attempts.collect::<Vec<_>>())
     .bind(lost.iter().map(|one| one.progress.turn).collect::<Vec<_>>())
     .bind(since)
     .bind(REASON)
+    .bind(FURTHER)
     .execute(pool)
     .await
     .during("put lost deliveries back")?;

@@ -120,18 +120,20 @@ impl JetStreamQueue {
         Ok(pulled)
     }
 
-    /// Makes sure that the lanes of these deliveries have consumers. Those that are configured are pulled anyway.
-    async fn make_known(&self, deliveries: &[Enqueue]) -> Result<(), QueueError> {
+    /// Sees to it that the lanes of these deliveries have consumers. Those that are configured are pulled anyway, and so are
+    /// those that are an organization's now: a consumer that cannot be made must not keep the others' deliveries back.
+    async fn make_known(&self, deliveries: &[Enqueue]) {
         let lanes = deliveries.iter().map(|delivery| delivery.lane(self.lanes));
         let lanes: BTreeSet<u16> = lanes.filter(|lane| *lane >= self.lanes).collect();
         for lane in lanes {
-            let mut found = self.found.lock().await;
-            if !found.contains(&lane) {
-                self.nats.lane_consumer(lane).await?;
-                found.insert(lane);
+            if self.found.lock().await.contains(&lane) {
+                continue;
+            }
+            match self.nats.lane_consumer(lane).await {
+                Ok(_) => drop(self.found.lock().await.insert(lane)),
+                Err(failed) => warn!(lane, error = %Chain(&failed), "A lane has no consumer yet"),
             }
         }
-        Ok(())
     }
 
     /// After an error the consumer may be gone; the next pull looks it up, and creates it if it is.
@@ -143,7 +145,7 @@ impl JetStreamQueue {
 #[async_trait]
 impl DeliveryQueue for JetStreamQueue {
     async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError> {
-        self.make_known(deliveries).await?;
+        self.make_known(deliveries).await;
         let mut acks = FuturesUnordered::new();
         for delivery in deliveries {
             if acks.len() == WINDOW {

@@ -7,6 +7,7 @@ mod postgres;
 
 use std::{
     collections::{BTreeSet, HashSet},
+    error::Error,
     fmt,
     sync::Arc,
     time::Duration,
@@ -49,6 +50,21 @@ pub enum QueueError {
     /// The queue in memory has no room (invariant I10).
     #[error("the queue in memory is full ({0} deliveries)")]
     Full(usize),
+}
+
+impl QueueError {
+    /// Whether the queue has certainly not taken what it was given: it said so. Otherwise it may have, and the same is to
+    /// be given again, under the same id.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Full(_) => true,
+            Self::Store(failed) => !failed.is_unavailable(),
+            Self::Nats(failed) => {
+                std::iter::successors(Some(failed as &(dyn Error + 'static)), |&error| error.source())
+                    .any(|error| error.is::<async_nats::jetstream::Error>())
+            }
+        }
+    }
 }
 
 /// The event's bytes, or the advice to read them from the event store.

@@ -176,8 +176,15 @@ async fn an_open_circuit_sends_all_away_until_a_probe_succeeds() {
     assert_eq!(why(worker.returning_one(&endpoint).await), Why::CircuitOpen, "one at a time");
     assert_eq!(probe.report(Some(false)), Some(Change::Closed));
     drop(probe);
-    assert_eq!(why(worker.new_one(&endpoint).await), Why::Behind);
-    assert!(worker.returning_one(&endpoint).await.is_ok(), "those that were parked go first");
+    let under_way: Vec<Place> = (0..4).map(|_| worker.at_once(&endpoint).unwrap().unwrap()).collect();
+    assert_eq!(
+        why(worker.new_one(&endpoint).await),
+        Why::Behind,
+        "without room those that were parked go first"
+    );
+    drop(under_way);
+    assert!(worker.returning_one(&endpoint).await.is_ok());
+    assert!(worker.new_one(&endpoint).await.is_ok(), "with room nobody waits for them");
     sleep(Duration::from_secs(10)).await;
     assert!(worker.new_one(&endpoint).await.is_ok(), "they are through");
 }
