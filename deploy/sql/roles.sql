@@ -66,6 +66,7 @@ GRANT INSERT ON delivery_attempts TO bus_archiver;
 GRANT SELECT, UPDATE, DELETE ON outbox, event_keys, delivery_states, scheduled_events, schedules TO bus_archiver;
 GRANT SELECT, INSERT, UPDATE ON history_progress, archive_sources TO bus_archiver;
 GRANT SELECT, INSERT, DELETE ON archive_batches TO bus_archiver;
+GRANT SELECT, DELETE ON organization_usage TO bus_archiver;
 -- What expires is moved to cold storage first. Days go whole, by the function; rows of days without a partition one by one.
 GRANT SELECT, DELETE ON events, delivery_attempts, occurrences TO bus_archiver;
 GRANT SELECT, UPDATE (relayed_at) ON audit_records TO bus_archiver;

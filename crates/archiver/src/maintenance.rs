@@ -20,6 +20,9 @@ pub(crate) const INTERVAL: Duration = Duration::from_secs(10);
 /// Rows swept in one statement.
 const SWEEP: u32 = 5_000;
 
+/// What organizations published by the day is known for so many days: a year, and what a month is compared with.
+const USAGE_KEEP_DAYS: u32 = 400;
+
 /// Keeps the database in shape.
 pub(crate) struct Maintenance {
     pub(crate) pool: PgPool,
@@ -56,6 +59,7 @@ impl Maintenance {
             0 => 0,
             days => pg::sweep_dead_letters(pool, days, SWEEP).await?,
         };
-        Ok(finished + over + gone + dead)
+        let counted = pg::sweep_usage(pool, USAGE_KEEP_DAYS, SWEEP).await?;
+        Ok(finished + over + gone + dead + counted)
     }
 }

@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 use secrecy::SecretString;
 use serde::Deserialize;
 
-use crate::limits::{Defaults, MAX_RATE};
+use crate::limits::{self, Defaults, MAX_RATE, MIN_RATE};
 
 /// The publisher's own configuration. `defaults.toml` beside `src/` is the reference.
 #[derive(Debug, Clone, Deserialize)]
@@ -142,8 +142,8 @@ impl LimitsConfig {
     }
 
     fn problem(&self) -> Option<String> {
-        if !(0.0..=MAX_RATE).contains(&self.rate) {
-            return Some(format!("publish.limits.rate must be between 0 and {MAX_RATE}"));
+        if !limits::is_rate(self.rate) {
+            return Some(format!("publish.limits.rate must be 0, or between {MIN_RATE} and {MAX_RATE}"));
         }
         if self.rate > 0.0 && self.burst == 0 {
             return Some("publish.limits.burst must be at least 1 if there is a publish.limits.rate".into());

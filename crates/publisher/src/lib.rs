@@ -60,9 +60,12 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
         let (hints, stop) = (Arc::clone(&transport.hints), ctx.stop.clone());
         Peers::start(hints, PeerRole::Publisher, ctx.ids.next(), &ctx.tasks, stop)
     };
-    let limits = Limits::new(pool.clone(), publish.limits.defaults(), peers);
+    let limits = {
+        let (tasks, stop) = (ctx.tasks.clone(), ctx.stop.clone());
+        Limits::new(pool.clone(), publish.limits.defaults(), peers, tasks, stop)
+    };
     let beat = ctx.health.heartbeat("usage", limits::EVERY * 60);
-    ctx.spawn("usage", limits.clone().run(beat, ctx.stop.clone()));
+    ctx.spawn("usage", limits.clone().run(beat));
     let backlog = Backlog::default();
     let fanouts = FanOuts::start(&ctx, pool.clone(), transport.queue.clone());
     let (ingest, jobs) = Ingest::new(publish);
@@ -134,7 +137,7 @@ pub async fn run(mut ctx: Ctx<PublisherConfig>) -> Result<(), BoxError> {
     ctx.tasks.close();
     ctx.tasks.wait().await;
     // What the committers counted last.
-    limits.flush().await;
+    limits.flush(|| ()).await;
     transport.flush().await;
     Ok(())
 }

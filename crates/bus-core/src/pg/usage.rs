@@ -156,3 +156,18 @@ pub async fn usage_by_day(
     .during(OPERATION)?;
     Ok(rows.into_iter().map(|(day, events)| (day.to_jiff(), whole(events))).collect())
 }
+
+/// Deletes at most `limit` days of organizations that are more than `keep_days` ago.
+pub async fn sweep_usage(pool: &PgPool, keep_days: u32, limit: u32) -> Result<u64, StoreError> {
+    let swept = sqlx::query(
+        "DELETE FROM organization_usage WHERE (organization_id, day) IN (
+             SELECT organization_id, day FROM organization_usage
+             WHERE day < (now() AT TIME ZONE 'UTC')::date - $1 ORDER BY day LIMIT $2)",
+    )
+    .bind(i32::try_from(keep_days).unwrap_or(i32::MAX))
+    .bind(i64::from(limit))
+    .execute(pool)
+    .await
+    .during("sweep what was published long ago")?;
+    Ok(swept.rows_affected())
+}

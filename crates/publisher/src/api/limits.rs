@@ -22,7 +22,7 @@ use super::{
     organizations::OrganizationView,
     problem::{FieldError, Problem, ProblemType},
 };
-use crate::limits::{MAX_RATE, Standing, Verdict};
+use crate::limits::{MAX_RATE, MIN_RATE, Standing, Verdict, is_rate};
 
 /// draft-ietf-httpapi-ratelimit-headers-10.
 const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
@@ -31,6 +31,8 @@ const LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 
 /// The largest burst or quota, events. JSON numbers are exact up to 2^53.
 const MAX_EVENTS: u64 = 1_000_000_000_000;
+/// The largest integer of a structured field (RFC 9651 §3.3.1).
+const MAX_INTEGER: u64 = 999_999_999_999_999;
 /// Days of which usage is shown.
 const DAYS: u32 = 62;
 
@@ -66,7 +68,7 @@ impl From<QuotaPeriod> for QuotaPeriodName {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct PublishLimits {
-    /// Events a second, in the long run.
+    /// Events a second, in the long run: 0, or at least 0.001.
     #[schema(minimum = 0, maximum = 1_000_000)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rate: Option<f64>,
@@ -108,8 +110,8 @@ impl PublishLimits {
             let missing = if self.quota.is_some() { "/quotaPeriod" } else { "/quota" };
             refuse(missing, "`quota` and `quotaPeriod` go together".into());
         }
-        if self.rate.is_some_and(|rate| !(0.0..=MAX_RATE).contains(&rate)) {
-            refuse("/rate", format!("a rate is between 0 and {MAX_RATE} events a second"));
+        if self.rate.is_some_and(|rate| !is_rate(rate)) {
+            refuse("/rate", format!("a rate is 0, or between {MIN_RATE} and {MAX_RATE} events a second"));
         }
         if self.rate.is_some_and(|rate| rate > 0.0) && self.burst == Some(0) {
             refuse("/burst", "a limited rate needs a burst of at least 1".into());
@@ -131,7 +133,7 @@ impl PublishLimits {
 
 /// Set how much an organization may publish
 ///
-/// Replaces all of its limits. Publishers follow within about a second.
+/// Replaces all of its limits. Publishers follow within about a second; within 5 s if the organization publishes rarely.
 #[utoipa::path(
     put,
     path = "/v1/admin/organizations/{id}/limits",
@@ -234,16 +236,17 @@ pub(super) fn with_standings(verdict: &Verdict, answer: Result<Response, Problem
 /// The quota unit is no registered one: a request is as many events as are in it.
 fn policy(standing: &Standing) -> String {
     let window = whole_seconds(standing.window).max(1);
-    format!(r#""{}";q={};w={window};qu="events""#, standing.policy, standing.limit)
+    format!(r#""{}";q={};w={window};qu="events""#, standing.policy, standing.limit.min(MAX_INTEGER))
 }
 
 fn standing(standing: &Standing) -> String {
-    format!(r#""{}";r={};t={}"#, standing.policy, standing.left, whole_seconds(standing.restored_in))
+    let left = standing.left.min(MAX_INTEGER);
+    format!(r#""{}";r={left};t={}"#, standing.policy, whole_seconds(standing.restored_in))
 }
 
-/// Never earlier than meant.
+/// Never earlier than meant, as far as a structured field can say it.
 fn whole_seconds(duration: std::time::Duration) -> u64 {
-    duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
+    duration.as_secs().saturating_add(u64::from(duration.subsec_nanos() > 0)).min(MAX_INTEGER)
 }
 
 #[cfg(test)]
@@ -282,6 +285,15 @@ mod tests {
             r#""rate";q=50;w=3;qu="events", "quota";q=1000;w=86400;qu="events""#
         );
         assert_eq!(response.headers()["ratelimit"], r#""rate";r=3;t=3, "quota";r=0;t=77"#);
+        let longest = Standing {
+            policy: "rate",
+            limit: u64::MAX,
+            window: Duration::MAX,
+            left: u64::MAX,
+            restored_in: Duration::MAX,
+        };
+        assert_eq!(policy(&longest), r#""rate";q=999999999999999;w=999999999999999;qu="events""#);
+        assert_eq!(standing(&longest), r#""rate";r=999999999999999;t=999999999999999"#);
         let none = Verdict { standings: vec![], refused: None };
         assert!(with_standings(&none, Ok(Response::default())).headers().is_empty());
     }
@@ -295,7 +307,10 @@ mod tests {
         };
         assert_eq!(places(r#"{"rate": 1}"#), ["/burst"]);
         assert_eq!(places(r#"{"burst": 1, "quotaPeriod": "day"}"#), ["/rate", "/quota"]);
-        assert_eq!(places(r#"{"rate": -1, "burst": 1}"#), ["/rate"]);
+        for rate in ["-1", "1e-300", "0.0009", "1000001"] {
+            assert_eq!(places(&format!(r#"{{"rate": {rate}, "burst": 1}}"#)), ["/rate"]);
+        }
+        assert!(limits(r#"{"rate": 0.001, "burst": 1}"#).is_ok());
         assert_eq!(places(r#"{"rate": 1, "burst": 0}"#), ["/burst"]);
         assert_eq!(places(r#"{"quota": 1000000000001, "quotaPeriod": "day"}"#), ["/quota"]);
         assert_eq!(limits("{}").expect("nothing"), OwnLimits::default());

@@ -321,7 +321,7 @@ impl Problem {
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
         if let Some(after) = self.retry_after {
             // Whole seconds, never earlier than meant (RFC 9110 §10.2.3).
-            let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+            let seconds = after.as_secs().saturating_add(u64::from(after.subsec_nanos() > 0));
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         if self.kind == ProblemType::Unauthorized {
@@ -382,6 +382,9 @@ mod tests {
         let mut response = StatusCode::OK.into_response();
         problem.render(&mut response, "x");
         assert_eq!(response.headers()[RETRY_AFTER], "2");
+        problem.retry_after = Some(Duration::MAX);
+        problem.render(&mut response, "x");
+        assert_eq!(response.headers()[RETRY_AFTER], u64::MAX.to_string());
         assert_eq!(response.headers()[CONTENT_TYPE], PROBLEM_JSON);
     }
 }
