@@ -273,7 +273,7 @@ mod tests {
         for bad in ["1e-300", "0.0009", "-1.0", "1000001.0"] {
             assert!(rate(bad).expect_err(bad).contains("publish.limits.rate"), "{bad}");
         }
-        rate("0.001").expect("one in a quarter of an hour is a rate");
+        rate("0.001").expect("one in 1,000 s is a rate");
     }
 
     #[test]
