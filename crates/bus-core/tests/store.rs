@@ -55,6 +55,33 @@ async fn i1_an_unfinished_fan_out_is_taken_over_once_its_lease_ends_and_by_one()
 }
 
 #[tokio::test]
+async fn i10_usage_is_swept_when_it_is_old_and_by_the_archiver() {
+    let (database, pool) = database().await;
+    let organization = OrganizationId(SystemIds.next());
+    sqlx::query("INSERT INTO organizations (id, name) VALUES ($1, 'acme')")
+        .bind(organization.0)
+        .execute(&pool)
+        .await
+        .unwrap();
+    // Of tomorrow too, so that it does not matter if the day ends meanwhile.
+    sqlx::query(
+        "INSERT INTO organization_usage SELECT $1, (now() AT TIME ZONE 'UTC')::date - ago, 1
+         FROM unnest(ARRAY [-1, 0, 398, 402, 403, 404]) AS ago",
+    )
+    .bind(organization.0)
+    .execute(&pool)
+    .await
+    .unwrap();
+    let archiver = PgPool::connect(&role_url(database.url(), Role::Archiver).unwrap()).await.unwrap();
+    assert_eq!(pg::sweep_usage(&archiver, 400, 2).await.unwrap(), 2, "no more than asked for");
+    assert_eq!(pg::sweep_usage(&archiver, 400, 2).await.unwrap(), 1);
+    assert_eq!(pg::sweep_usage(&archiver, 400, 2).await.unwrap(), 0);
+    assert_eq!(pg::usage_by_day(&pool, organization, 10).await.unwrap().len(), 3);
+    archiver.close().await;
+    end(database, pool).await;
+}
+
+#[tokio::test]
 async fn concurrent_claims_of_one_key_have_one_winner_and_the_others_see_it() {
     let (database, pool) = database().await;
     let organization = OrganizationId(SystemIds.next());

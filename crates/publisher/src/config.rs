@@ -266,6 +266,17 @@ mod tests {
     }
 
     #[test]
+    fn a_rate_that_never_lets_anything_through_is_refused_by_name() {
+        let rate = |rate| {
+            with(&[("EVENT_BUS_PUBLISH__LIMITS__RATE", rate), ("EVENT_BUS_PUBLISH__LIMITS__BURST", "1")])
+        };
+        for bad in ["1e-300", "0.0009", "-1.0", "1000001.0"] {
+            assert!(rate(bad).expect_err(bad).contains("publish.limits.rate"), "{bad}");
+        }
+        rate("0.001").expect("one in 1,000 s is a rate");
+    }
+
+    #[test]
     fn a_lease_beyond_the_duplicate_window_is_refused_by_name() {
         let refused = with(&[("EVENT_BUS_PUBLISH__OUTBOX_LEASE_S", "90")]).expect_err("90 > 120 / 2");
         assert!(refused.contains("publish.outbox_lease_s (90)"), "{refused}");

@@ -140,7 +140,8 @@ impl Limits {
             (account.asked, account.asked_at) = (true, Some(now));
             (account.is_fresh(now), account.may_ask(now))
         };
-        if !fresh && !(may_ask && self.ask(organization).await) {
+        let known = fresh || (may_ask && self.ask(organization).await);
+        if !known {
             counter!("bus_limits_unknown").increment(1);
         }
         let now = Instant::now();

@@ -46,6 +46,23 @@ async fn stored(bus: &Bus, tenant: &Tenant) -> i64 {
     count
 }
 
+/// Begins shortly after midnight if that would come in the middle: with the day, every quota begins anew.
+async fn within_a_day(bus: &Bus) {
+    let pool = bus.stack.owner_pool().await.unwrap();
+    wait_until("a day that is as long as a test", Duration::from_secs(200), || async {
+        let left: f64 = sqlx::query_scalar(
+            "SELECT extract(epoch FROM date_trunc('day', t.now) + interval '1 day' - t.now)::float8
+             FROM (SELECT now() AT TIME ZONE 'UTC' AS now) AS t",
+        )
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+        if left > 150.0 { Ok(()) } else { Err(left) }
+    })
+    .await;
+    pool.close().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn i7_a_rate_is_one_organizations_alone() {
     let bus = Bus::start().await;
@@ -95,6 +112,7 @@ async fn i7_what_is_larger_than_the_burst_is_paid_off() {
 #[tokio::test(flavor = "multi_thread")]
 async fn i7_a_quota_is_kept_by_all_publishers_together() {
     let mut bus = Bus::start_with(|options| options.replicas(Role::Publisher, 2)).await;
+    within_a_day(&bus).await;
     let tenant = bus.tenant("acme").await;
     let second = Caller(tenant.api.0.at(bus.stack.publisher(1).http_url()));
     let limits = json!({ "quota": 100, "quotaPeriod": "month" });
@@ -145,6 +163,7 @@ async fn configured_limits_are_for_those_without_their_own_and_the_last_counts_a
             .role_env(Role::Publisher, "EVENT_BUS_PUBLISH__LIMITS__BURST", 8)
     });
     let mut bus = bus.await;
+    within_a_day(&bus).await;
     let (poor, rich) = (bus.tenant("poor").await, bus.tenant("rich").await);
     let own = json!({ "rate": 0, "burst": 0, "quota": 0, "quotaPeriod": "day" });
     bus.admin.put(&limits_of(&rich), own).await.is(200);

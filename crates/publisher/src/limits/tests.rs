@@ -1,5 +1,7 @@
 //! Of the database only its silence matters here: the tests of the API have a real one.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 use std::pin::pin;
 
 use bus_core::pg::QuotaPeriod;
