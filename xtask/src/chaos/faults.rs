@@ -131,6 +131,43 @@ pub(super) fn plan(seed: u64, faults: &[Fault]) -> impl Iterator<Item = Planned>
     })
 }
 
+/// About how long a round is.
+const ROUND: Duration = Duration::from_secs(90);
+/// How long nothing is disturbed at least, once the aftermath of the last fault is over: longer than what two workers hold
+/// comes again.
+const UNDISTURBED: Duration = Duration::from_secs(13);
+
+/// A run is made of rounds. Each begins with faults, and a third of it is quiet: the load goes on, nothing is broken, and
+/// once the aftermath is over nothing is excused any more.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rounds {
+    count: u32,
+    length: Duration,
+    quiet: Duration,
+}
+
+impl Rounds {
+    pub(super) fn of(run: Duration, faults: &[Fault]) -> Self {
+        let aftermath = faults.iter().filter_map(|fault| fault.aftermath_s()).max().unwrap_or_default();
+        let quiet = UNDISTURBED + Duration::from_secs(aftermath.unsigned_abs());
+        let count = (run.as_secs() / ROUND.max(3 * quiet).as_secs()).max(1);
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        let length = run / count;
+        Self { count, length, quiet: quiet.max(length / 3) }
+    }
+
+    /// How long to wait at this time of the run until the fault begins: what is not over before its round is to be quiet
+    /// begins the next one. None if there is none.
+    pub(super) fn pause(&self, now: Duration, planned: &Planned) -> Option<Duration> {
+        let takes = planned.after + planned.lasts;
+        let faults = self.length.saturating_sub(self.quiet);
+        (0..self.count).map(|round| self.length * round).find_map(|begins| {
+            let from = begins.max(now);
+            (from + takes <= begins + faults).then(|| from - now + planned.after)
+        })
+    }
+}
+
 /// What a fault hit.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Target {
@@ -313,6 +350,8 @@ async fn resize(stack: &Stack, bytes: i64) -> Result<i64> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     #[test]
@@ -324,5 +363,33 @@ mod tests {
         let mut kinds: Vec<Fault> = drawn(7).iter().take(all.len()).map(|planned| planned.fault).collect();
         kinds.sort_unstable();
         assert_eq!(kinds, all);
+    }
+
+    #[test]
+    fn a_third_of_a_long_run_is_quiet_and_each_quiet_time_outlasts_the_aftermath() {
+        let usual: Vec<Fault> =
+            Fault::value_variants().iter().copied().filter(|fault| fault.is_usual()).collect();
+        for (run, faults) in
+            [(48, &usual[..]), (300, &usual), (1_200, &usual), (1_200, Fault::value_variants())]
+        {
+            let run = Duration::from_secs(run);
+            let rounds = Rounds::of(run, faults);
+            let aftermath = faults.iter().filter_map(|fault| fault.aftermath_s()).max().unwrap();
+            let mut over = Duration::ZERO;
+            let (mut broken, mut quiet) = (0, Vec::new());
+            for planned in plan(1, faults) {
+                let Some(pause) = rounds.pause(over, &planned) else { break };
+                if pause > planned.after {
+                    quiet.push(pause);
+                }
+                over += pause + planned.lasts;
+                broken += 1;
+            }
+            quiet.push(run - over);
+            let least = Duration::from_secs(aftermath.unsigned_abs()) + UNDISTURBED;
+            assert!(quiet.iter().all(|time| *time >= least), "{quiet:?} in {run:?}");
+            assert!(run < Duration::from_secs(90) || quiet.iter().sum::<Duration>() * 3 >= run, "{quiet:?}");
+            assert!(broken >= 3, "{broken} in {run:?}");
+        }
     }
 }

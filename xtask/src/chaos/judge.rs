@@ -3,10 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bus_core::ids::DeliveryId;
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
-use super::ledger::{Accepted, Dead, Endpoint, Entry, Line, Phase, Request};
+use super::{
+    case::{Attempt, Case},
+    disturbances::Disturbances,
+    ledger::{Accepted, Dead, Endpoint, Entry, Line, Request},
+};
 
 /// Something that must not be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,16 +32,47 @@ pub(super) enum Kind {
     Forged,
     /// Nobody asked for it.
     Unwanted,
+    /// Under another name than the one that follows from event and subscription.
+    Misnamed,
     /// Again, though nothing had happened.
     Doubled,
+    /// Given up where everything is taken, or for another reason than failures, or after it was taken.
+    Buried,
     /// Neither fired nor skipped, or both.
     Tick,
     /// Attempts that were not made, or were not counted.
     Dishonest,
     /// Refused, though it was well formed.
     Refused,
+    /// Neither taken nor refused, long after everything was whole.
+    Unresolved,
+    /// Not done with everything, long after everything was whole.
+    Restless,
     /// A process that uses too much memory.
     Memory,
+    /// Too little happened, or too little of it undisturbed, to prove anything.
+    Unproven,
+}
+
+/// What is compared with what must be, and may be excused by a fault at that time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Compared {
+    /// The time of an attempt with that for which its event was promised; nothing excuses it.
+    Times,
+    /// The time of an attempt with the end of the wait after the one before.
+    Waits,
+    /// What was taken with what came again.
+    Repeats,
+    /// Attempts on record with attempts that were made.
+    Attempts,
+}
+
+/// How often something was compared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Comparisons {
+    /// Where nothing would have been excused.
+    pub(super) undisturbed: usize,
+    pub(super) disturbed: usize,
 }
 
 /// What came of it all.
@@ -51,76 +85,70 @@ pub(super) struct Judgement {
     pub(super) delivered: usize,
     pub(super) dead: BTreeMap<String, usize>,
     pub(super) requests: usize,
-    /// Requests for what had been taken already, around a fault.
+    /// Requests for what had been taken just before.
     pub(super) repeats: usize,
     pub(super) ticks_fired: usize,
     pub(super) ticks_skipped: i64,
+    pub(super) comparisons: BTreeMap<Compared, Comparisons>,
     pub(super) findings: Vec<Finding>,
 }
 
 impl Judgement {
-    fn find(&mut self, kind: Kind, ids: &[&str], told: String) {
+    pub(super) fn find(&mut self, kind: Kind, ids: &[&str], told: String) {
         let ids = ids.iter().map(|id| (*id).to_owned()).collect();
         self.findings.push(Finding { kind, ids, told });
+    }
+
+    pub(super) fn compared(&mut self, compared: Compared, disturbed: bool) {
+        let comparisons = self.comparisons.entry(compared).or_default();
+        if disturbed {
+            comparisons.disturbed += 1;
+        } else {
+            comparisons.undisturbed += 1;
+        }
+    }
+
+    /// Finds what was too little to prove anything.
+    fn suffice(&mut self, proof: usize) {
+        let compared = self.comparisons.iter().map(|(compared, comparisons)| {
+            (format!("undisturbed comparisons of {compared:?}"), comparisons.undisturbed)
+        });
+        let figures: Vec<_> = [("events".to_owned(), self.events), ("deliveries".to_owned(), self.delivered)]
+            .into_iter()
+            .chain(compared)
+            .filter(|(_, n)| *n < proof)
+            .collect();
+        for (what, n) in figures {
+            self.find(Kind::Unproven, &[], format!("only {n} {what}, and {proof} are the least"));
+        }
     }
 }
 
 /// An event that must reach whoever wants it.
-struct Event<'a> {
-    uid: &'a str,
-    kind: &'a str,
-    number: u32,
-    due: Option<Timestamp>,
+#[derive(Debug)]
+pub(super) struct Event<'a> {
+    pub(super) uid: &'a str,
+    pub(super) kind: &'a str,
+    pub(super) number: u32,
+    pub(super) sent: Timestamp,
+    pub(super) due: Option<Timestamp>,
 }
 
-/// One attempt, as its endpoint saw it.
+/// What a run must keep to.
 #[derive(Debug, Clone, Copy)]
-struct Attempt {
-    at: Timestamp,
-    status: u16,
-    after_ms: Option<u64>,
+pub(super) struct Bounds {
+    /// The most memory of a process, bytes.
+    pub(super) memory: u64,
+    /// So many events, deliveries and comparisons without an excuse at least: fewer prove nothing.
+    pub(super) proof: usize,
 }
 
-impl Attempt {
-    fn taken(&self) -> bool {
-        (200..300).contains(&self.status)
-    }
-}
-
-/// The times in which a fault may have repeated something. What it disturbs comes out a little later: what was held is
-/// handed out again, and what was buffered arrives. And where an attempt was repeated, each of the two may be followed by
-/// another one; so what came of a delivery is excused by whatever happened since its first attempt.
-struct Disturbances(Vec<(Timestamp, Timestamp)>);
-
-impl Disturbances {
-    fn of(lines: &[Line]) -> Self {
-        let mut begun: BTreeMap<usize, Timestamp> = BTreeMap::new();
-        let mut all = Vec::new();
-        for line in lines {
-            match &line.entry {
-                Entry::Fault { number, phase: Phase::Begins, aftermath_s: Some(_), .. } => {
-                    begun.insert(*number, line.at);
-                }
-                Entry::Fault { number, phase: Phase::Over, aftermath_s: Some(aftermath), .. } => {
-                    let from = begun.remove(number).unwrap_or(line.at);
-                    all.push((from, line.at + SignedDuration::from_secs(*aftermath)));
-                }
-                _ => {}
-            }
-        }
-        all.extend(begun.into_values().map(|from| (from, Timestamp::MAX)));
-        Self(all)
-    }
-
-    /// Whether one of them touches the time between.
-    fn between(&self, from: Timestamp, to: Timestamp) -> bool {
-        self.0.iter().any(|(begin, end)| *begin <= to && *end >= from)
-    }
-}
-
-/// Judges a whole ledger. `memory` is the most that a process may use, bytes.
-pub(super) fn judge(lines: &[Line], memory: u64) -> Judgement {
+/// Judges a whole ledger.
+pub(super) fn judge(lines: &[Line], bounds: Bounds) -> Judgement {
     let mut judgement = Judgement::default();
+    for kind in [Compared::Times, Compared::Waits, Compared::Repeats, Compared::Attempts] {
+        judgement.comparisons.entry(kind).or_default();
+    }
     let disturbances = Disturbances::of(lines);
     let endpoints: BTreeMap<(&str, &str), &Endpoint> = lines
         .iter()
@@ -157,6 +185,10 @@ pub(super) fn judge(lines: &[Line], memory: u64) -> Judgement {
         }
     }
 
+    for attempts in seen.values_mut().flat_map(BTreeMap::values_mut) {
+        attempts.sort_by_key(|attempt| attempt.at);
+    }
+
     let mut dead: BTreeMap<(&str, &str), Vec<(&Dead, Timestamp)>> = BTreeMap::new();
     for line in lines {
         let Entry::Dead(letter) = &line.entry else { continue };
@@ -167,31 +199,38 @@ pub(super) fn judge(lines: &[Line], memory: u64) -> Judgement {
     for endpoint in endpoints.values() {
         let ours = events.iter().filter(|((organization, _), _)| *organization == endpoint.organization);
         for ((organization, id), event) in ours {
-            let expected = endpoint.wants.iter().filter(|want| want.is_met(event.kind, event.number)).count();
-            if expected == 0 {
+            if !endpoint.wants.iter().any(|want| want.is_met(event.kind, event.number)) {
                 continue;
             }
-            judgement.expected += expected;
             let none = BTreeMap::new();
-            let attempts = seen.get(&(*organization, &*endpoint.path, *id)).unwrap_or(&none);
+            let seen = seen.get(&(*organization, &*endpoint.path, *id)).unwrap_or(&none);
             let letters =
                 dead.get(&(&*endpoint.connection, event.uid)).map(Vec::as_slice).unwrap_or_default();
-            settle(endpoint, id, event, expected, attempts, letters, &disturbances, &mut judgement);
+            Case { endpoint, id, event, seen, letters, disturbances: &disturbances }.settle(&mut judgement);
         }
     }
     ticks(lines, &mut judgement);
     for line in lines {
         match &line.entry {
-            Entry::Memory { process, bytes } if *bytes > memory => {
+            Entry::Memory { process, bytes } if *bytes > bounds.memory => {
                 let told = format!("{process} had {} MiB in use", bytes >> 20);
                 judgement.find(Kind::Memory, &[process], told);
             }
             Entry::Refused { organization, id, answer } => {
                 judgement.find(Kind::Refused, &[id], format!("event {id} of {organization}: {answer}"));
             }
+            Entry::Unresolved { organization, id } => {
+                let told =
+                    format!("event {id} of {organization} was not answered for good, though all is whole");
+                judgement.find(Kind::Unresolved, &[id], told);
+            }
+            Entry::Restless { open } => {
+                judgement.find(Kind::Restless, &[], format!("it does not come to rest: {open}"));
+            }
             _ => {}
         }
     }
+    judgement.suffice(bounds.proof);
     judgement.findings.sort_by_key(|finding| finding.kind);
     judgement
 }
@@ -202,9 +241,9 @@ fn events<'a>(lines: &'a [Line], judgement: &mut Judgement) -> BTreeMap<(&'a str
     let mut schedules: BTreeMap<&str, (&str, &str)> = BTreeMap::new();
     for line in lines {
         match &line.entry {
-            Entry::Accepted(Accepted { organization, id, uid, kind, number, deliver_at, tries, .. }) => {
+            Entry::Accepted(Accepted { organization, id, uid, kind, number, sent, deliver_at, tries }) => {
                 judgement.resent += usize::from(*tries > 1);
-                let event = Event { uid, kind, number: *number, due: *deliver_at };
+                let event = Event { uid, kind, number: *number, sent: *sent, due: *deliver_at };
                 events.insert((&**organization, &**id), event);
             }
             Entry::Schedule { organization, schedule, kind, .. } => {
@@ -212,9 +251,10 @@ fn events<'a>(lines: &'a [Line], judgement: &mut Judgement) -> BTreeMap<(&'a str
             }
             Entry::Tick { schedule, first, uid: Some(uid), .. } => {
                 if let Some((organization, kind)) = schedules.get(&**schedule) {
-                    let due = Timestamp::from_second(*first).ok();
+                    let due = Timestamp::from_second(*first).unwrap_or_default();
                     // A tick is an event like any other; its number passes every filter.
-                    events.insert((organization, &**uid), Event { uid, kind, number: u32::MAX, due });
+                    let event = Event { uid, kind, number: u32::MAX, sent: due, due: Some(due) };
+                    events.insert((organization, &**uid), event);
                 }
             }
             _ => {}
@@ -259,100 +299,17 @@ fn wanted<'a>(
             judgement.find(Kind::Unwanted, &ids, told);
             continue;
         }
-        if let Some(due) = event.due.filter(|due| at < *due) {
-            let told = format!("event {} is due at {due}, and came to {place} at {at}", seen.id);
-            judgement.find(Kind::Early, &ids, told);
+        if let Some(due) = event.due {
+            // No fault excuses it.
+            judgement.compared(Compared::Times, false);
+            if at < due {
+                let told = format!("event {} is due at {due}, and came to {place} at {at}", seen.id);
+                judgement.find(Kind::Early, &ids, told);
+            }
         }
         wanted.push(&*seen.id);
     }
     wanted
-}
-
-/// Judges the deliveries of one event to one endpoint.
-#[expect(clippy::too_many_arguments, reason = "all that is known of one event at one endpoint")]
-fn settle(
-    endpoint: &Endpoint,
-    id: &str,
-    event: &Event<'_>,
-    expected: usize,
-    seen: &BTreeMap<&str, Vec<Attempt>>,
-    letters: &[(&Dead, Timestamp)],
-    disturbances: &Disturbances,
-    judgement: &mut Judgement,
-) {
-    let place = format!("event {id} ({}) at {} of {}", event.kind, endpoint.path, endpoint.organization);
-    let taken = seen.iter().filter(|(_, attempts)| attempts.iter().any(Attempt::taken));
-    let mut over: BTreeSet<&str> = taken.map(|(delivery, _)| *delivery).collect();
-    judgement.delivered += over.len();
-    over.extend(letters.iter().map(|(letter, _)| if endpoint.batched { id } else { &*letter.delivery }));
-    // Of a delivery that was never seen the logs may know.
-    let met = endpoint.wants.iter().filter(|want| want.is_met(event.kind, event.number));
-    let derived: Vec<String> = met.filter_map(|want| delivery_id(event.uid, &want.subscription)).collect();
-    let deliveries: Vec<&str> = [id, event.uid]
-        .into_iter()
-        .chain(seen.keys().copied().filter(|delivery| !derived.iter().any(|derived| derived == delivery)))
-        .chain(derived.iter().map(String::as_str))
-        .collect();
-    if over.len() < expected {
-        let told = format!("{place}: {} of {expected} deliveries ended", over.len());
-        judgement.find(Kind::Lost, &deliveries, told);
-    }
-    if seen.len().max(over.len()) > expected {
-        let told = format!("{place}: {} deliveries, and {expected} subscriptions match", seen.len());
-        judgement.find(Kind::Unwanted, &deliveries, told);
-    }
-    for (delivery, attempts) in seen {
-        let ids = [id, event.uid, *delivery];
-        let disturbed =
-            |until: Timestamp| attempts.first().is_some_and(|first| disturbances.between(first.at, until));
-        let mut took: Option<Timestamp> = None;
-        for attempt in attempts {
-            let Some(first) = took else {
-                took = attempt.taken().then_some(attempt.at);
-                continue;
-            };
-            if disturbed(attempt.at) {
-                judgement.repeats += 1;
-            } else {
-                let told = format!("{place}: taken at {first}, and came again at {}", attempt.at);
-                judgement.find(Kind::Doubled, &ids, told);
-            }
-        }
-        for (before, next) in
-            attempts.iter().zip(attempts.iter().skip(1)).filter(|(before, _)| !before.taken())
-        {
-            let wait = before.after_ms.unwrap_or(endpoint.wait_ms);
-            let soonest = before.at + SignedDuration::from_millis(i64::try_from(wait).unwrap_or(i64::MAX));
-            if next.at < soonest && !disturbed(next.at) {
-                let told =
-                    format!("{place}: came at {}, and again at {}, before {soonest}", before.at, next.at);
-                judgement.find(Kind::Early, &ids, told);
-            }
-        }
-    }
-    for (letter, died) in letters.iter().filter(|(letter, _)| letter.reason == "attempts_exhausted") {
-        let ids = [id, event.uid, &*letter.delivery];
-        if letter.attempts != endpoint.attempts {
-            let told = format!(
-                "{place}: dead after {} attempts, the policy says {}",
-                letter.attempts, endpoint.attempts
-            );
-            judgement.find(Kind::Dishonest, &ids, told);
-        }
-        let attempts = seen.get(&*letter.delivery).map(Vec::as_slice).unwrap_or_default();
-        let failed = attempts.iter().filter(|attempt| !attempt.taken() && attempt.after_ms.is_none()).count();
-        let begun = attempts.first().map_or(*died, |first| first.at);
-        let honest = failed == letter.attempts as usize || disturbances.between(begun, *died);
-        if endpoint.visible && !endpoint.batched && !honest {
-            let told = format!("{place}: {} failed attempts on record, {failed} were made", letter.attempts);
-            judgement.find(Kind::Dishonest, &ids, told);
-        }
-    }
-}
-
-/// What the bus calls the delivery of an event to a subscription.
-fn delivery_id(uid: &str, subscription: &str) -> Option<String> {
-    Some(DeliveryId::derive(uid.parse().ok()?, subscription.parse().ok()?).to_string())
 }
 
 /// Every tick is fired once, or skipped once.

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead as _, BufReader, BufWriter, Write as _},
+    io::{self, BufRead as _, BufReader, BufWriter, Write as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -35,6 +35,8 @@ pub(super) enum Entry {
     Accepted(Accepted),
     /// An event about which nothing else was ever answered than that it may not have been taken.
     Unresolved { organization: String, id: String },
+    /// What the bus is still not done with, long after everything is whole and nothing more is published.
+    Restless { open: String },
     /// A request that was refused for good, which none of this load is to be.
     Refused { organization: String, id: String, answer: String },
     /// A schedule that ticks from `first` to `last`, each `every` seconds.
@@ -69,6 +71,8 @@ pub(super) struct Endpoint {
     pub(super) batched: bool,
     /// It takes everything at once.
     pub(super) good: bool,
+    /// It takes everything in the end, with fewer failures than its policy allows.
+    pub(super) takes_all: bool,
     /// Its requests can be seen.
     pub(super) visible: bool,
     /// After so many failed attempts a delivery is dead.
@@ -157,7 +161,14 @@ pub(super) struct Dead {
 #[derive(Debug, Clone)]
 pub(super) struct Ledger {
     path: PathBuf,
-    file: Arc<Mutex<BufWriter<File>>>,
+    book: Arc<Mutex<Book>>,
+}
+
+#[derive(Debug)]
+struct Book {
+    file: BufWriter<File>,
+    /// The first line that could not be written.
+    broken: Option<io::Error>,
 }
 
 impl Ledger {
@@ -166,7 +177,12 @@ impl Ledger {
             fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
         }
         let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
-        Ok(Self { path: path.to_owned(), file: Arc::new(Mutex::new(BufWriter::new(file))) })
+        Ok(Self::over(path, file))
+    }
+
+    fn over(path: &Path, file: File) -> Self {
+        let book = Book { file: BufWriter::new(file), broken: None };
+        Self { path: path.to_owned(), book: Arc::new(Mutex::new(book)) }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -179,13 +195,23 @@ impl Ledger {
 
     pub(super) fn write_at(&self, at: Timestamp, entry: Entry) {
         let line = serde_json::to_string(&Line { at, entry }).expect("entries are plain data");
-        // A ledger that cannot be written shows at the end, by what is missing in it.
-        let _ = writeln!(self.lock(), "{line}");
+        let mut book = self.lock();
+        if let Err(error) = writeln!(book.file, "{line}") {
+            book.broken.get_or_insert(error);
+        }
     }
 
-    /// Everything so far.
+    /// Everything so far; an error if any of it could not be written.
     pub(super) fn read(&self) -> Result<Vec<Line>> {
-        self.lock().flush().with_context(|| format!("write {}", self.path.display()))?;
+        {
+            let mut book = self.lock();
+            let written = book.broken.take().map_or_else(|| book.file.flush(), Err);
+            if let Err(error) = written {
+                // The next one who reads must not take what is there for everything.
+                book.broken = Some(error.kind().into());
+                return Err(error).with_context(|| format!("write {}", self.path.display()));
+            }
+        }
         let file = File::open(&self.path).with_context(|| format!("open {}", self.path.display()))?;
         let mut lines = Vec::new();
         for line in BufReader::new(file).lines() {
@@ -194,14 +220,31 @@ impl Ledger {
         Ok(lines)
     }
 
-    fn lock(&self) -> MutexGuard<'_, BufWriter<File>> {
-        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
+
+    #[test]
+    fn a_line_that_could_not_be_written_is_told_of_by_each_who_reads() {
+        let path = std::env::temp_dir().join(format!("ledger-{}.jsonl", std::process::id()));
+        fs::write(&path, "").unwrap();
+        // Open for reading only: it takes nothing.
+        let ledger = Ledger::over(&path, File::open(&path).unwrap());
+        assert_eq!(ledger.read().unwrap().len(), 0);
+        for _ in 0..1_000 {
+            ledger.write(Entry::Memory { process: "publisher-0".to_owned(), bytes: 1 });
+        }
+        assert!(ledger.read().is_err());
+        assert!(ledger.read().is_err());
+        fs::remove_file(path).unwrap();
+    }
 
     #[test]
     fn patterns_are_read_token_by_token() {

@@ -5,6 +5,8 @@
 //! change for another one. No disk is filled: that the stream of the deliveries takes no more stands for it.
 
 mod account;
+mod case;
+mod disturbances;
 mod faults;
 mod judge;
 mod ledger;
@@ -30,7 +32,7 @@ use devkit::{
 use tokio::time::sleep;
 
 use self::{
-    faults::{Breaker, Fault, Planned, Target},
+    faults::{Breaker, Fault, Planned, Rounds, Target},
     ledger::{Entry, Ledger, Phase},
     load::{Load, Publishers},
     scene::Scene,
@@ -43,7 +45,8 @@ use crate::{
 /// How many of each binary.
 const REPLICAS: usize = 2;
 const LANES: usize = 4;
-const AFTER_THE_LAST: Duration = Duration::from_secs(5);
+/// The fewest events, deliveries and undisturbed comparisons of each kind by which a run is judged at all.
+const PROOF: usize = 20;
 /// No exchange may take longer, so that what a dead worker held comes back soon.
 const MAX_TIMEOUT_MS: u64 = 5_000;
 const ACK_WAIT_MS: u64 = 10_500;
@@ -190,12 +193,10 @@ impl Chaos {
             lanes: LANES,
             room: None,
         };
+        let rounds = Rounds::of(length, faults);
         for (number, planned) in faults::plan(seed, faults).enumerate() {
-            // The load goes on for a while after the last one, so that one sees when the bus is back.
-            if run.begun.elapsed() + planned.after + planned.lasts + AFTER_THE_LAST >= length {
-                break;
-            }
-            sleep(planned.after).await;
+            let Some(pause) = rounds.pause(run.begun.elapsed(), &planned) else { break };
+            sleep(pause).await;
             run.fault(stack, &mut breaker, number, &planned).await?;
             watch.follow(stack);
         }
@@ -217,12 +218,13 @@ impl Chaos {
         watch.finish(ledger);
         step.done();
         if let Err(open) = settled {
-            ui::line(format!("  It does not come to rest: {open}"));
+            ledger.write(Entry::Restless { open });
         }
         for process in stack.processes() {
             ensure!(process.is_running()?, "{} has ended by itself", process.name());
         }
-        Ok(judge::judge(&ledger.read()?, self.memory << 20))
+        let bounds = judge::Bounds { memory: self.memory << 20, proof: PROOF };
+        Ok(judge::judge(&ledger.read()?, bounds))
     }
 }
 

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 
 use super::{
-    judge::{Finding, Judgement},
+    judge::{Comparisons, Finding, Judgement},
     ledger::{Entry, Ledger, Line, Phase},
 };
 use crate::ui::{self, BAD, FAINT, GOOD, STRONG, paint};
@@ -83,6 +83,12 @@ pub(super) fn show(judgement: &Judgement, lines: &[Line], seed: u64) {
     ));
     for (reason, n) in &judgement.dead {
         ui::line(paint(FAINT, format!("    dead, {reason}: {n}")));
+    }
+    for (compared, comparisons) in &judgement.comparisons {
+        let Comparisons { undisturbed, disturbed } = comparisons;
+        let told =
+            format!("    compared, {compared:?}: {undisturbed} without an excuse, {disturbed} around faults");
+        ui::line(paint(FAINT, told));
     }
     ui::line(format!("\n  {:18} {:>5} {:>11} {:>11}", "fault", "times", "again, p50", "max"));
     for (kind, all) in recoveries(lines) {

@@ -185,6 +185,8 @@ async fn open(
         wants,
         batched: plan.batched,
         good: matches!(plan.conduct, Conduct::Good),
+        // An endless answer is not among them: a worker that is frozen while it reads may use up the few attempts there.
+        takes_all: matches!(plan.conduct, Conduct::Good | Conduct::Slow | Conduct::Flaky | Conduct::Busy),
         visible,
         attempts: plan.attempts(),
         wait_ms: plan.wait_ms(),
