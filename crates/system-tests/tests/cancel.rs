@@ -16,7 +16,7 @@ use devkit::{
     stack::{Backend, ServerChoice, Stack, StackOptions},
     wait_until,
 };
-use futures::future::join_all;
+use futures::{StreamExt as _, stream};
 use serde_json::{Value, json};
 use system_tests::{QUICK_ACK_WAIT_MS, QUICK_TIMEOUT_MS, Tenant, all_arrived, arrivals};
 
@@ -87,10 +87,12 @@ impl Bus {
         answered
     }
 
-    /// Cancels all of these side by side, and gives when each was answered.
+    /// Cancels all of these, some side by side, and gives when each was answered. More at a time than a publisher has
+    /// connections to the database would wait for those, and be told to come again.
     async fn cancel_all(&self, events: &[String]) -> BTreeMap<String, Instant> {
-        let cancelled = events.iter().map(|event| async { (event.clone(), self.cancel(event).await) });
-        join_all(cancelled).await.into_iter().collect()
+        let cancelled: Vec<_> =
+            events.iter().map(|event| async { (event.clone(), self.cancel(event).await) }).collect();
+        stream::iter(cancelled).buffer_unordered(8).collect().await
     }
 
     /// Waits until all others have arrived and nothing is left, and gives the requests for a cancelled event that

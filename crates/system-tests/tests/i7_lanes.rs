@@ -24,7 +24,7 @@ use system_tests::{ARRIVAL, Load, QUICK_ACK_WAIT_MS, QUICK_TIMEOUT_MS, Tenant, a
 
 const LANES: u16 = 2;
 /// What is queued when the organization is moved.
-const QUEUED: usize = 1_500;
+const QUEUED: usize = 400;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 async fn started(backend: Backend, workers: usize) -> (Stack, Receiver) {
