@@ -1,7 +1,5 @@
 //! Configuration: precedence, secrets, and what is refused.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::io::Write as _;
 
 use bus_core::{

@@ -1,7 +1,5 @@
 //! `docs/delivery.md` says what the code does: the reasons, the default waits, and the states.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{collections::BTreeSet, time::Duration};
 
 use bus_core::{

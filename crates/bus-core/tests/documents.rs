@@ -1,7 +1,5 @@
 //! The documents name every key that has a default, and every metric.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::BTreeSet,
     fs,

@@ -1,7 +1,5 @@
 //! What the archiver writes to the database: attempts, how far history goes, whose turn it is, and days that expire.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::time::Duration;
 
 use bus_core::{

@@ -5,8 +5,6 @@
 //! `HOSTILE_CASES` says how many inputs each parser gets (2,000 if absent). A parser that does not come to an end makes the
 //! test end by the time limit of the test runner.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::collections::BTreeMap;
 
 use bus_core::{

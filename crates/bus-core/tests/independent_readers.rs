@@ -1,7 +1,5 @@
 //! What the bus renders, read by independent implementations: see [`devkit::independent`].
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeMap;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};

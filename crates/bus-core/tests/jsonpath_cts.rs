@@ -3,8 +3,6 @@
 //! The suite (jsonpath-standard/jsonpath-compliance-test-suite) is not part of this repository.
 //! `BUS_JSONPATH_CTS` names the file; without it, `../shared/data/jsonpath-cts.json` beside the
 //! workspace is read if it is there.
-#![allow(clippy::unwrap_used)]
-
 use std::{collections::BTreeSet, path::PathBuf};
 
 use bus_core::filter::PayloadFilter;

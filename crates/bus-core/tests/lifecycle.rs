@@ -1,7 +1,5 @@
 //! The guards of the statements are the state machine's: every state, every step, in time and late.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::time::Duration;
 
 use bus_core::{
@@ -126,7 +124,7 @@ impl Scene {
         match step {
             Step::Postponed => {
                 let (next, reason) = (progress.next(2), "failed".to_owned());
-                let park = Park { key, next, wait: Duration::ZERO, reason, last };
+                let park = Park { key, next, wait: Duration::ZERO, paced: false, reason, last };
                 pg::park(pool, &[park]).await.unwrap();
             }
             Step::GivenUp => {

@@ -1,8 +1,6 @@
 //! Hints over real servers: that they arrive, and that a server which is away costs latency and nothing else,
 //! at the start as well.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{sync::Arc, time::Duration};
 
 use bus_core::{

@@ -1,6 +1,4 @@
 //! [`TypePattern`] against a naive matcher that is written from the sentence in its documentation.
-#![allow(clippy::unwrap_used)]
-
 use bus_core::pattern::{MAX_PATTERN_CHARS, PatternError, TypePattern};
 use proptest::{collection::vec, prelude::*, sample::select};
 

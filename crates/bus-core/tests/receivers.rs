@@ -1,7 +1,5 @@
 //! Connections as the workers see them, with the rights that workers have.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{collections::HashMap, time::Duration};
 
 use bus_core::{

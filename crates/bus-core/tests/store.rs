@@ -1,12 +1,12 @@
 //! The statements behind the outbox, parking, deduplication, partitions and schema checks.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{collections::BTreeSet, time::Duration};
 
 use bus_core::{
     delivery::{DeliveryKey, Progress},
-    ids::{DeliveryId, EventUid, Ids as _, OrganizationId, OutboxId, SubscriptionId, SystemIds},
+    ids::{
+        ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, OutboxId, SubscriptionId, SystemIds,
+    },
     pg::{self, Claim, LastAttempt, Park, StoreError, UniqueKey},
     queue::Body,
 };
@@ -157,7 +157,8 @@ async fn parked(pool: &PgPool, attempts: u32, wait_s: u64) -> Park {
     let since = Timestamp::from_second(1_800_000_000).unwrap();
     let next = Progress { attempts, turn: i64::from(attempts), since };
     let wait = Duration::from_secs(wait_s);
-    Park { key, next, wait, reason: "the endpoint answered 500".into(), last: LastAttempt::default() }
+    let reason = "the endpoint answered 500".to_owned();
+    Park { key, next, wait, paced: false, reason, last: LastAttempt::default() }
 }
 
 #[tokio::test]
@@ -175,6 +176,37 @@ async fn a_parked_delivery_is_handed_out_when_due_and_to_one_scheduler() {
     pg::returned(&pool, &[(due.key.id, 3)]).await.unwrap();
     let next = pg::agenda(&pool).await.unwrap().deliveries.expect("one is left").as_secs();
     assert!((3_000..=3_600).contains(&next), "{next}");
+    end(database, pool).await;
+}
+
+#[tokio::test]
+async fn what_waits_for_room_alone_is_recalled_and_never_put_off() {
+    let (database, pool) = database().await;
+    let connection: ConnectionId = SystemIds.next().into();
+    let mut all = Vec::new();
+    for (wait_s, paced) in [(3_000, true), (2_000, true), (4_000, true), (2_500, false), (50, true)] {
+        let mut park = parked(&pool, 1, wait_s).await;
+        park.key.connection = connection;
+        all.push(Park { paced, ..park });
+    }
+    let other = Park { paced: true, ..parked(&pool, 1, 3_600).await };
+    all.push(other);
+    pg::park(&pool, &all).await.unwrap();
+    let recalled = pg::recall(&pool, connection, Duration::from_secs(100), 3).await.unwrap();
+    assert_eq!(recalled, 3, "no more than that are looked at");
+    let mut waits = Vec::new();
+    for park in &all {
+        let wait: f64 = sqlx::query_scalar(
+            "SELECT extract(epoch FROM due_at - now())::float8 FROM delivery_states WHERE delivery_id = $1",
+        )
+        .bind(park.key.id.0)
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+        // Rounded up, which allows time between the statements.
+        waits.push((wait / 100.0).ceil());
+    }
+    assert_eq!(waits, [3.0, 2.0, 40.0, 25.0, 1.0, 36.0]);
     end(database, pool).await;
 }
 

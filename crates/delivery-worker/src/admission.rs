@@ -230,6 +230,20 @@ impl Admission {
         known.park(why, until.unwrap_or(now), shares, now, (self.0.random)())
     }
 
+    /// Whether the connection has room while others of it are parked for long, and how fast these may come back then.
+    pub(crate) fn recalls(&self, connection: &Connection) -> Option<Duration> {
+        let shares = self.shares(connection);
+        self.lock().get_mut(&connection.id)?.recalls(&shares, Instant::now())
+    }
+
+    /// So many come back sooner, one in each `interval`; perhaps these are all that are parked.
+    pub(crate) fn recalled(&self, connection: ConnectionId, interval: Duration, recalled: u32, all: bool) {
+        if let Some(known) = self.lock().get_mut(&connection) {
+            let last = Instant::now() + interval.saturating_mul(recalled);
+            known.pace.recalled(interval, last, all);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<ConnectionId, Known>> {
         self.0.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }

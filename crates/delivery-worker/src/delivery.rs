@@ -38,6 +38,7 @@ use crate::{
     lanes::Homes,
     parking::Parking,
     patience::{Patience, held_during},
+    recall::Recall,
     receipts::Receipts,
     slots::Slot,
 };
@@ -89,6 +90,7 @@ pub struct Deliverer {
     admission: Admission,
     failing: Failing,
     parking: Parking,
+    recall: Recall,
     patience: Patience,
     closed: ClosedDeliveries,
     receipts: Receipts,
@@ -150,6 +152,7 @@ impl Deliverer {
             admission,
             failing: Failing::new(pool.clone(), hints, after, tasks.clone()),
             parking: Parking::start(pool.clone(), Arc::clone(&parts.hints), patience.clone(), tasks),
+            recall: Recall::new(pool.clone(), Arc::clone(&parts.hints), tasks.clone()),
             patience,
             closed,
             receipts: Receipts::start(queue, buffer, tasks, stop.clone()),
@@ -172,6 +175,7 @@ impl Deliverer {
                 key,
                 next: progress.next(progress.attempts),
                 wait,
+                paced: false,
                 reason: "the queue has no room for deliveries that wait".to_owned(),
                 last: LastAttempt::default(),
             };
@@ -312,7 +316,8 @@ impl Deliverer {
     async fn park_all(&self, in_hand: Vec<InHand>, Refusal { why, wait }: Refusal) {
         join_all(in_hand.into_iter().map(|InHand { hold, progress, slot, .. }| {
             let (key, next) = (hold.key, progress.next(progress.attempts));
-            let park = Park { key, next, wait, reason: why.to_string(), last: LastAttempt::default() };
+            let (reason, last) = (why.to_string(), LastAttempt::default());
+            let park = Park { key, next, wait, paced: true, reason, last };
             self.parking.park(park, hold, why.as_str(), slot)
         }))
         .await;
@@ -365,6 +370,7 @@ impl Deliverer {
         );
         join_all(settled).await;
         drop(place);
+        self.recall.if_there_is_room(&self.admission, &receiver.connection);
     }
 
     /// Draws the consequence of an attempt.
@@ -404,9 +410,8 @@ impl Deliverer {
                 let next = progress.next(attempts);
                 let waits = wait <= self.parts.queue.longest_wait() && hold.postpone(next, wait).await;
                 if !waits {
-                    self.parking
-                        .park(Park { key, next, wait, reason, last: last() }, hold, "retry", ())
-                        .await;
+                    let park = Park { key, next, wait, paced: false, reason, last: last() };
+                    self.parking.park(park, hold, "retry", ()).await;
                 }
                 return followed_by;
             }

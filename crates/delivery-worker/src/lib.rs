@@ -17,6 +17,7 @@ pub mod lane;
 pub mod lanes;
 mod parking;
 mod patience;
+mod recall;
 mod receipts;
 pub mod slots;
 pub mod webhook;

@@ -1,9 +1,6 @@
 //! Acknowledgements by the subscriber.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
-use common::{Bus, Caller, Check as _, Tenant, deliveries::Published, pointers, problem};
+use crate::common::{Bus, Caller, Check as _, Tenant, deliveries::Published, pointers, problem};
 use http::Method;
 use serde_json::json;
 

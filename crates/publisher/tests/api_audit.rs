@@ -1,17 +1,14 @@
 //! Audit records: every change leaves one, and nothing else does.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
 
 use std::collections::BTreeSet;
 
-use bus_core::{audit::Actor, pg};
-use common::{
+use crate::common::{
     Bus, Caller, Check as _, Tenant, URL, ahead,
     audit::{EVERYTHING, Watch, daily, key},
     deliveries::Published,
     operations, pointers, problem,
 };
+use bus_core::{audit::Actor, pg};
 use devkit::client::Reply;
 use http::Method;
 use serde_json::{Value, json};

@@ -1,14 +1,11 @@
 //! Reading audit records, and the records of those who read payloads.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
-use bus_core::{audit::Actor, pg};
-use common::{
+use crate::common::{
     Bus, Check as _, ahead,
     audit::{EVERYTHING, Watch, daily, key},
     problem,
 };
+use bus_core::{audit::Actor, pg};
 use devkit::processes::Role;
 use serde_json::{Value, json};
 

@@ -1,9 +1,6 @@
 //! Cancellations by the publisher.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
-use common::{Bus, Caller, Check as _, Tenant, ahead, deliveries::Published, problem};
+use crate::common::{Bus, Caller, Check as _, Tenant, ahead, deliveries::Published, problem};
 use devkit::client::Reply;
 use http::Method;
 use serde_json::{Value, json};

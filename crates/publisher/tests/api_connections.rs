@@ -1,9 +1,6 @@
 //! Connections.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
-use common::{Bus, Check as _, URL, pointers, problem};
+use crate::common::{Bus, Check as _, URL, pointers, problem};
 use http::Method;
 use serde_json::{Value, json};
 use sqlx::Row as _;

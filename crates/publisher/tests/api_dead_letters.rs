@@ -1,9 +1,6 @@
 //! Dead letters: the list, and what can be done about one.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
-use common::{Bus, Caller, Check as _, Tenant, deliveries::Published, pointers, problem};
+use crate::common::{Bus, Caller, Check as _, Tenant, deliveries::Published, pointers, problem};
 use http::Method;
 use serde_json::{Value, json};
 

@@ -1,11 +1,8 @@
 //! The OpenAPI document.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
 
 use std::{collections::BTreeSet, env, fs, path::Path};
 
-use common::operations;
+use crate::common::operations;
 use serde_json::Value;
 
 fn document() -> Value {

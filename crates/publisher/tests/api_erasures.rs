@@ -1,11 +1,8 @@
 //! Erasures through the API, worked off by a real archiver.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
 
 use std::time::Duration;
 
-use common::{Bus, Caller, Check as _, Tenant, ahead, deliveries::Published, problem};
+use crate::common::{Bus, Caller, Check as _, Tenant, ahead, deliveries::Published, problem};
 use devkit::{client::Reply, processes::Role, wait_until};
 use serde_json::{Value, json};
 

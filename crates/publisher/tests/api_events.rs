@@ -1,10 +1,7 @@
 //! Publishing, deduplication, and reading what was published.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
+use crate::common::{Bus, Caller, Check as _, Tenant, pointers, problem};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use common::{Bus, Caller, Check as _, Tenant, pointers, problem};
 use devkit::client::Reply;
 use http::Method;
 use serde_json::{Value, json};
@@ -141,7 +138,7 @@ async fn an_event_is_published_once_per_source_and_id() {
 async fn a_source_of_any_characters_may_be_as_long_as_it_may() {
     let bus = Bus::start().await;
     let tenant = bus.tenant("acme").await;
-    let source = common::ideographs(1_024);
+    let source = crate::common::ideographs(1_024);
     let event = json!({ "specversion": "1.0", "id": "e1", "source": source, "type": "t" });
     let first = structured(&tenant.api, &event).await.expect(202);
     let again = structured(&tenant.api, &event).await.expect(202);

@@ -1,12 +1,9 @@
 //! Invariant I3: whatever the operation, the key of another organization sees nothing and changes
 //! nothing.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
 
 use std::{collections::BTreeMap, time::Duration};
 
-use common::{Bus, Caller, Check as _, Tenant, deliveries::Published, operations, pointers, problem};
+use crate::common::{Bus, Caller, Check as _, Tenant, deliveries::Published, operations, pointers, problem};
 use devkit::wait_until;
 use http::Method;
 use serde_json::{Value, json};
@@ -348,7 +345,7 @@ async fn furnish(bus: &Bus, pool: &PgPool) -> Victim {
     let admin = tenant.key(json!({ "scopes": ["admin"] })).await;
     let erasure = json!({ "eventUid": "01890000-0000-7000-8000-000000000001" });
     let erasure = admin.post("/v1/erasures", erasure).await.expect(202).id().to_owned();
-    let soon = common::ahead(pool, 3_600).await;
+    let soon = crate::common::ahead(pool, 3_600).await;
     let later = json!({ "type": "order.created", "id": "secret-later", "deliverAt": soon });
     let waiting = tenant.api.post("/v1/events", later).await.expect(202).text("/uid").to_owned();
     Victim {

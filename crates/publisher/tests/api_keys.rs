@@ -1,9 +1,6 @@
 //! Organizations, keys, and what each scope allows.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
-use common::{Bus, Caller, Check as _, URL, pointers, problem};
+use crate::common::{Bus, Caller, Check as _, URL, pointers, problem};
 use devkit::client::Reply;
 use http::{Method, header::AUTHORIZATION};
 use serde_json::{Value, json};

@@ -1,11 +1,8 @@
 //! How much organizations may publish: what is refused and how, and that no other organization notices.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
 
 use std::time::Duration;
 
-use common::{Bus, Caller, Check as _, Tenant, pointers};
+use crate::common::{Bus, Caller, Check as _, Tenant, pointers};
 use devkit::{client::Reply, processes::Role, wait_until};
 use serde_json::{Value, json};
 

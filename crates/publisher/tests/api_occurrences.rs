@@ -1,9 +1,5 @@
 //! What became of the occurrences of schedules, through the API.
-#![allow(clippy::unwrap_used, missing_docs)]
-
-mod common;
-
-use common::{Bus, Tenant, problem};
+use crate::common::{Bus, Tenant, problem};
 use devkit::client::Reply;
 use serde_json::{Value, json};
 

@@ -1,9 +1,6 @@
 //! Errors: every one is a problem, whatever went wrong, and every answer has a request id.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
-use common::{Bus, Caller, Check as _, pointers, problem};
+use crate::common::{Bus, Caller, Check as _, pointers, problem};
 use http::Method;
 use serde_json::json;
 

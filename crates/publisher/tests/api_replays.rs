@@ -1,11 +1,8 @@
 //! Replays through the API, worked off by a real scheduler.
-#![allow(clippy::unwrap_used, reason = "a test")]
-
-mod common;
 
 use std::time::Duration;
 
-use common::{Bus, Caller, Check as _, Tenant, deliveries::Published, pointers, problem};
+use crate::common::{Bus, Caller, Check as _, Tenant, deliveries::Published, pointers, problem};
 use devkit::{client::Reply, processes::Role, receiver::Receiver, wait_until};
 use http::Method;
 use serde_json::{Value, json};

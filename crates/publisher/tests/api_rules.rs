@@ -1,14 +1,11 @@
 //! What connections and subscriptions say about how deliveries are made.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
+use crate::common::{Bus, Check as _, Tenant, URL, pointers};
 use bus_core::{
     ids::{ConnectionId, OrganizationId},
     notify::{Hint, Notifier as _, PostgresNotifier},
     pg,
 };
-use common::{Bus, Check as _, Tenant, URL, pointers};
 use devkit::client::Reply;
 use futures::StreamExt as _;
 use serde_json::{Value, json};

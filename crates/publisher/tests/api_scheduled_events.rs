@@ -1,14 +1,10 @@
 //! Events that are due later, through the API. That they are published then is the scheduler's, and tested there.
-#![allow(clippy::unwrap_used, missing_docs)]
-
-mod common;
-
+use crate::common::{Bus, Caller, Check as _, ahead, pointers, problem};
 use bus_core::{
     audit::By,
     ids::{Ids as _, SystemIds},
     pg::{self, CancelScheduled},
 };
-use common::{Bus, Caller, Check as _, ahead, pointers, problem};
 use devkit::{client::Reply, processes::Role};
 use http::Method;
 use jiff::{Timestamp, tz};

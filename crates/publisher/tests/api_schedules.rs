@@ -1,9 +1,5 @@
 //! Schedules through the API. That their occurrences are published is the scheduler's, and tested there.
-#![allow(clippy::unwrap_used, missing_docs)]
-
-mod common;
-
-use common::{Bus, Caller, Check as _, ahead, ideographs, pointers, problem};
+use crate::common::{Bus, Caller, Check as _, ahead, ideographs, pointers, problem};
 use devkit::{client::Reply, processes::Role};
 use http::Method;
 use jiff::Timestamp;

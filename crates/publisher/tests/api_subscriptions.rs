@@ -1,9 +1,6 @@
 //! Subscriptions, their sync, and the dry run of matching.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
-mod common;
-
-use common::{Bus, Check as _, pointers, problem};
+use crate::common::{Bus, Check as _, pointers, problem};
 use serde_json::{Value, json};
 
 const NOBODY: &str = "01890000-0000-7000-8000-000000000000";
@@ -243,7 +240,7 @@ async fn a_filter_of_any_characters_may_be_as_long_as_it_may() {
     let bus = Bus::start().await;
     let tenant = bus.tenant("acme").await;
     let connection = tenant.webhook("hook").await;
-    let filter = format!("$['{}']", common::ideographs(1_019));
+    let filter = format!("$['{}']", crate::common::ideographs(1_019));
     let new = json!({ "connectionId": connection, "eventType": "a", "filter": filter });
     let created = tenant.api.post("/v1/subscriptions", new.clone()).await.expect(201);
     assert_eq!(created.body["filter"], filter.as_str());
@@ -272,10 +269,11 @@ async fn an_organization_has_a_limit_of_memory_for_filters() {
     };
     let (small, large) = ("$.x", r#"$[?match(@.x, "[a-z]{1,40}")]"#);
     assert!(bytes(large) > bytes(small));
-    let create = async |tenant: &common::Tenant, connection: &str, event_type: &str, filter: Option<&str>| {
-        let new = json!({ "connectionId": connection, "eventType": event_type, "filter": filter });
-        tenant.api.post("/v1/subscriptions", new).await
-    };
+    let create =
+        async |tenant: &crate::common::Tenant, connection: &str, event_type: &str, filter: Option<&str>| {
+            let new = json!({ "connectionId": connection, "eventType": event_type, "filter": filter });
+            tenant.api.post("/v1/subscriptions", new).await
+        };
     let first = create(&tenant, &connection, "first", Some(large)).await.expect(201).id().to_owned();
     assert_eq!(stored(&first).await, bytes(large));
     let path = format!("/v1/subscriptions/{first}");

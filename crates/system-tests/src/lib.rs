@@ -71,6 +71,19 @@ impl Tenant {
         let reply = self.api.publish(&event).await.ok()?;
         (reply.status == 202).then(|| reply.id().to_owned())
     }
+
+    /// Waits until the event's aggregate status is this one.
+    ///
+    /// # Panics
+    /// After [`ARRIVAL`], with the last answer.
+    pub async fn event_is(&self, id: &str, status: &str) {
+        let path = format!("/v1/events/{id}");
+        wait_until(&format!("the event to be {status}"), ARRIVAL, || async {
+            let event = self.api.get(&path).await.map_err(|error| format!("{error:#}"))?;
+            if event.body["status"] == status { Ok(()) } else { Err(event.body.to_string()) }
+        })
+        .await;
+    }
 }
 
 /// Publishes from several tasks until told to stop; an event counts if it was answered 202.

@@ -1,8 +1,6 @@
 //! A full audit stream: nobody copies receipts to cold storage, and the stream refuses more of them. Deliveries must not
 //! suffer from that.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::time::Duration;
 
 use async_nats::jetstream::{self, Context};

@@ -1,7 +1,5 @@
 //! No delivery starts once the cancellation of its event was answered, over the real processes, on each backend.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},

@@ -1,8 +1,6 @@
 //! Invariant I1 while the broker loses nodes, streams and consumers, and while the network loses everything: nothing is
 //! lost, no process has to be started anew, and the probes tell the truth.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant},

@@ -1,7 +1,5 @@
 //! Erasure: afterwards the payload is nowhere, whenever the archiver dies, and whatever was on its way to cold storage.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     sync::{
         Arc, Mutex,

@@ -1,7 +1,5 @@
 //! Hints between the processes: that they save latency, and that nothing else depends on them.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::BTreeSet,
     time::{Duration, Instant},

@@ -1,8 +1,6 @@
 //! History, and cold storage, are what the receiver saw, attempt by attempt. `cargo xtask bench history` does the same
 //! with many more.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::time::Duration;
 
 use cold_storage::{ColdStorage, Config};

@@ -1,8 +1,6 @@
 //! Invariant I10 end to end: when what is behind the publishers stands still or is full, they say so before their memory
 //! grows; and what they have accepted arrives once it goes on.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,

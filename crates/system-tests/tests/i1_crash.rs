@@ -1,7 +1,5 @@
 //! Invariant I1: whatever dies, every event that was answered 202 reaches every subscriber that matched.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{collections::BTreeSet, time::Duration};
 
 use devkit::{

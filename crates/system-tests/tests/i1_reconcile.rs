@@ -1,7 +1,5 @@
 //! Invariant I1: what a broker loses that was put into it comes back from the database.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{collections::BTreeSet, path::Path, process::Stdio, time::Duration};
 
 use async_nats::jetstream;

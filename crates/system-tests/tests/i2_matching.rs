@@ -1,8 +1,6 @@
 //! Invariant I2: an event published after a subscription call returned is matched against that
 //! subscription, whichever replica handles either.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::collections::BTreeSet;
 
 use devkit::{

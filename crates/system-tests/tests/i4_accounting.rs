@@ -2,8 +2,6 @@
 //! afterwards the books agree. Every accepted event is accounted for at every subscriber, history names
 //! exactly the attempts that the subscribers saw, and no attempt is charged for what was not sent.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Duration,

@@ -1,7 +1,5 @@
 //! Invariant I5, over the real processes: nothing comes before its time, and each tick once or skipped with a reason.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},

@@ -1,7 +1,5 @@
 //! Invariant I6: a delivery that succeeds costs the worker no statement. Asked of Postgres, not of the code.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use devkit::{
     processes::Role,
     receiver::Receiver,

@@ -1,8 +1,6 @@
 //! Invariant I7: a hot organization gets a lane of its own while everything runs. Its neighbours have their lane back,
 //! nothing is lost, and no attempt is counted for it.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Duration,

@@ -1,7 +1,5 @@
 //! Invariant I7: endpoints that hang, fail, or want to be called slowly are nobody else's trouble.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{collections::BTreeSet, time::Duration};
 
 use async_nats::jetstream::{self, consumer::PullConsumer};
@@ -58,7 +56,7 @@ async fn unacknowledged(stack: &Stack) -> usize {
 /// Of ten endpoints in one lane so many hang. All that the others are to get arrives while not one attempt at those has
 /// ended.
 async fn hanging_endpoints_keep_nobody(hogs: usize) {
-    const EACH: usize = 300;
+    const EACH: usize = 100;
     const SLOTS: usize = 128;
     let options = StackOptions::default().env("EVENT_BUS_LANES", 1).role_env(
         Role::DeliveryWorker,
@@ -91,7 +89,8 @@ async fn hanging_endpoints_keep_nobody(hogs: usize) {
         if open == hanging { Ok(()) } else { Err(format!("{open} of {hanging}")) }
     })
     .await;
-    assert!(hanging() <= SLOTS - SLOTS / (hogs + 1), "{} of {SLOTS} slots", hanging());
+    // One more each, by the order in which they take them.
+    assert!(hanging() <= SLOTS - SLOTS / (hogs + 1) + hogs, "{} of {SLOTS} slots", hanging());
     wait_until("the rest of what cannot be delivered is parked", ARRIVAL, || async {
         let (parked, held) = (states(&stack).await, unacknowledged(&stack).await);
         let rest = i64::try_from(hogs * EACH - hanging()).unwrap();
@@ -134,6 +133,63 @@ async fn i7_a_healthy_connection_with_a_backlog_is_not_parked() {
     receiver.wait_for_within("/healthy", EVENTS, ARRIVAL).await;
     assert_eq!(states(&stack).await, 0);
     assert!(receiver.peak_in_flight("/healthy") <= 16, "{}", receiver.peak_in_flight("/healthy"));
+    stack.shutdown().await.unwrap();
+}
+
+/// At the pace that it had when they were parked, the last would come after five minutes.
+#[tokio::test]
+async fn i7_an_endpoint_that_was_slow_has_its_backlog_soon_after_it_is_quick_again() {
+    const EVENTS: usize = 600;
+    const SLOW: Duration = Duration::from_millis(1_500);
+    let mut stack = Stack::start(StackOptions::default().env("EVENT_BUS_LANES", 1)).await.unwrap();
+    let receiver = Receiver::start().await.unwrap();
+    let tenant = Tenant::create(&mut stack, "acme").await.unwrap();
+    let connection = tenant.receive(&receiver, "/slow", "slow").await.unwrap();
+    let few = json!({ "maxInFlight": 2 });
+    tenant.api.patch(&format!("/v1/connections/{connection}"), &few).await.unwrap().expect(200);
+    receiver.script("/slow", Answer::ok().after(SLOW));
+    // The pace is known when the others are parked.
+    publish(&tenant, "slow", 2).await;
+    wait_until("a pace", ARRIVAL, || async {
+        let left = stack.undelivered().await.unwrap();
+        if left == 0 { Ok(()) } else { Err(left) }
+    })
+    .await;
+    publish(&tenant, "slow", EVENTS).await;
+    wait_until("nearly all of them parked", ARRIVAL, || async {
+        let parked = states(&stack).await;
+        if parked >= 500 { Ok(()) } else { Err(parked) }
+    })
+    .await;
+    receiver.script("/slow", Answer::ok());
+    receiver.wait_for_within("/slow", 2 + EVENTS, ARRIVAL).await;
+    assert!(receiver.peak_in_flight("/slow") <= 2, "{}", receiver.peak_in_flight("/slow"));
+    stack.shutdown().await.unwrap();
+}
+
+/// A new address is tried at once, and not when those that wait for room at the old one are due.
+#[tokio::test]
+async fn i7_what_is_parked_for_a_connection_is_tried_when_it_is_changed() {
+    const EVENTS: usize = 20;
+    const LONG_MS: u64 = 600_000;
+    let options = quick()
+        .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__BREAKER__OPEN_MS", LONG_MS)
+        .role_env(Role::DeliveryWorker, "EVENT_BUS_WORKER__BREAKER__OPEN_MAX_MS", LONG_MS);
+    let mut stack = Stack::start(options).await.unwrap();
+    let receiver = Receiver::start().await.unwrap();
+    let tenant = Tenant::create(&mut stack, "acme").await.unwrap();
+    let connection = tenant.receive(&receiver, "/wrong", "moved").await.unwrap();
+    receiver.script("/wrong", Answer::status(500));
+    publish(&tenant, "moved", EVENTS).await;
+    wait_until("an open circuit, and all of them parked", ARRIVAL, || async {
+        let parked =
+            count(&stack, "SELECT count(*) FROM delivery_states WHERE state = 'waiting' AND paced").await;
+        if parked == i64::try_from(EVENTS).unwrap() { Ok(()) } else { Err(parked) }
+    })
+    .await;
+    let moved = json!({ "url": receiver.url("/right") });
+    tenant.api.patch(&format!("/v1/connections/{connection}"), &moved).await.unwrap().expect(200);
+    receiver.wait_for_within("/right", EVENTS, ARRIVAL).await;
     stack.shutdown().await.unwrap();
 }
 

@@ -1,7 +1,5 @@
 //! Invariant I8, over the real archiver: what leaves a stream is in cold storage, once, whenever the archiver dies.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},

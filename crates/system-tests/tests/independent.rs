@@ -1,7 +1,5 @@
 //! Received requests, read by independent implementations of Standard Webhooks and CloudEvents.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::collections::BTreeMap;
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};

@@ -1,7 +1,5 @@
 //! What every binary does around its work: flags, exit codes, probes, signals.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     net::TcpListener,
     process::{Command, Output},

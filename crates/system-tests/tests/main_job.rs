@@ -1,7 +1,5 @@
 //! An event on its whole way, over the real processes: from the HTTP request to the signed webhook.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{collections::BTreeSet, time::Duration};
 
 use bus_core::signature::{self, SigningSecret};

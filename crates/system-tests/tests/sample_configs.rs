@@ -1,7 +1,5 @@
 //! The sample configurations of `deploy/config` are read by the loaders that the binaries use.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{collections::BTreeMap, path::Path};
 
 use bus_core::{

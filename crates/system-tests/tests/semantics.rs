@@ -1,8 +1,6 @@
 //! What an answer brings about, over the real processes, on each backend; among it the failings of earlier
 //! designs that only a whole bus can show.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{collections::BTreeMap, time::Duration};
 
 use devkit::{

@@ -1,7 +1,5 @@
 //! A deployment changes its backend: what is pending, postponed or parked moves along, once each.
 
-#![allow(clippy::unwrap_used, missing_docs)]
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     process::Stdio,

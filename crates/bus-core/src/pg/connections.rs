@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::{
     During as _, PageRequest, Paged, StoreError, audit,
+    deliveries::recall,
     organizations::{bump_organization, lock_organization},
     schedules::cancel_schedules_of,
 };
@@ -20,6 +21,12 @@ use crate::{
     ids::{ConnectionId, OrganizationId},
     signature::SigningSecret,
 };
+
+/// As many parked deliveries find out how a changed connection does, one after another.
+const RECALLED: u32 = 50;
+
+/// Between two of them.
+const RECALL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A connection that is to be stored.
 #[derive(Debug, Clone)]
@@ -381,6 +388,10 @@ pub async fn change_connection<E>(
     let changed = Connection::try_from(row)?;
     if before.disabled_reason.is_some() && changed.enabled {
         announce_enabled(&mut transaction, &changed).await?;
+    }
+    if changed.enabled {
+        // What waits for room may find it at the new address, or with the new limits; the rest follows.
+        recall(&mut *transaction, id, RECALL_INTERVAL, RECALLED).await?;
     }
     let (before, after) = shown::changed_connection(&before, &changed);
     let change = Change::new(Action::ConnectionChanged, TargetKind::Connection, id);

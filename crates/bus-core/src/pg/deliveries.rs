@@ -8,7 +8,7 @@ use std::{collections::HashMap, time::Duration};
 use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::json;
-use sqlx::{PgConnection, PgPool, Row as _, postgres::PgRow};
+use sqlx::{PgConnection, PgExecutor, PgPool, Row as _, postgres::PgRow};
 use uuid::Uuid;
 
 use super::{
@@ -47,6 +47,8 @@ pub struct Park {
     pub next: Progress,
     /// From now on (the database's now).
     pub wait: Duration,
+    /// Whether it waits for nothing but room at its endpoint, so that it may come back sooner: [`recall`].
+    pub paced: bool,
     /// Why it waits.
     pub reason: String,
     /// What was tried.
@@ -96,19 +98,19 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
         parked.iter().map(|park| park.last.at.map(Into::into)).collect();
     sqlx::query(
         "INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
-                                           connection_version, state, attempts, turn, since, due_at, reason,
+                                           connection_version, state, attempts, turn, since, due_at, paced, reason,
                                            last_status, last_error, last_attempt_at, last_duration_ms)
-         SELECT DISTINCT ON (d) d, e, o, s, c, v, 'waiting', n, t, a, now() + make_interval(secs => wait), reason,
+         SELECT DISTINCT ON (d) d, e, o, s, c, v, 'waiting', n, t, a, now() + make_interval(secs => wait), paced, reason,
                 status, error, at, duration
          FROM UNNEST($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::uuid[], $6::int8[], $7::int4[],
-                     $8::int8[], $9::timestamptz[], $10::float8[], $11::text[], $12::int4[], $13::text[],
-                     $14::timestamptz[], $15::int4[])
-              AS u (d, e, o, s, c, v, n, t, a, wait, reason, status, error, at, duration)
+                     $8::int8[], $9::timestamptz[], $10::float8[], $11::bool[], $12::text[], $13::int4[],
+                     $14::text[], $15::timestamptz[], $16::int4[])
+              AS u (d, e, o, s, c, v, n, t, a, wait, paced, reason, status, error, at, duration)
          -- In the same order everywhere, so that two workers do not wait for each other.
          ORDER BY d, t DESC
          ON CONFLICT (delivery_id) DO UPDATE
              SET state = 'waiting', attempts = excluded.attempts, turn = excluded.turn, since = excluded.since,
-                 due_at = excluded.due_at, lease_until = '-infinity', reason = excluded.reason,
+                 due_at = excluded.due_at, paced = excluded.paced, lease_until = '-infinity', reason = excluded.reason,
                  connection_version = excluded.connection_version, last_body = NULL, changed_at = now(),
                  -- What is parked without an attempt keeps the last one.
                  last_status = CASE WHEN excluded.last_attempt_at IS NULL THEN p.last_status ELSE excluded.last_status END,
@@ -127,6 +129,7 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
     .bind(parked.iter().map(|park| park.next.turn).collect::<Vec<_>>())
     .bind(since)
     .bind(parked.iter().map(|park| park.wait.as_secs_f64()).collect::<Vec<_>>())
+    .bind(parked.iter().map(|park| park.paced).collect::<Vec<_>>())
     .bind(parked.iter().map(|park| storable(&park.reason)).collect::<Vec<_>>())
     .bind(parked.iter().map(|park| park.last.status.map(i32::from)).collect::<Vec<_>>())
     .bind(parked.iter().map(|park| park.last.error.as_deref().map(storable)).collect::<Vec<_>>())
@@ -140,6 +143,43 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
 
 fn millis(duration: Duration) -> i32 {
     i32::try_from(duration.as_millis()).unwrap_or(i32::MAX)
+}
+
+/// Lets parked deliveries of a connection that wait for nothing but room come back from now on (the database's now), one
+/// in each `interval`, at most `limit` of them, the earliest due first. None comes later than it would have. Gives how many
+/// were looked at: fewer than `limit` if these were all.
+pub async fn recall(
+    executor: impl PgExecutor<'_>,
+    connection: ConnectionId,
+    interval: Duration,
+    limit: u32,
+) -> Result<u32, StoreError> {
+    let recalled: i64 = sqlx::query_scalar(
+        "WITH waiting AS (
+             SELECT delivery_id, due_at FROM delivery_states
+             WHERE connection_id = $1 AND state = 'waiting' AND paced AND due_at > now()
+             ORDER BY due_at
+             LIMIT $2
+             -- Whoever holds one returns it, or is doing the same.
+             FOR UPDATE SKIP LOCKED
+         ), placed AS (
+             SELECT delivery_id,
+                    now() + make_interval(secs => $3 * row_number() OVER (ORDER BY due_at, delivery_id)) AS due_at
+             FROM waiting
+         ), moved AS (
+             UPDATE delivery_states p SET due_at = placed.due_at
+             FROM placed
+             WHERE p.delivery_id = placed.delivery_id AND placed.due_at < p.due_at
+         )
+         SELECT count(*) FROM waiting",
+    )
+    .bind(connection.0)
+    .bind(i64::from(limit))
+    .bind(interval.as_secs_f64())
+    .fetch_one(executor)
+    .await
+    .during("recall parked deliveries")?;
+    Ok(u32::try_from(recalled).unwrap_or(limit))
 }
 
 /// Takes at most `limit` due deliveries for `lease_s` seconds, the longest due first.

@@ -153,7 +153,7 @@ pub(crate) async fn late_result_overwrites(kind: Kind) {
         // The attempt that was under way fails; its worker does not know yet.
         let next = held.progress.next(1);
         let reason = "the endpoint answered 500".to_owned();
-        let park = Park { key, next, wait: WAIT, reason, last: LastAttempt::default() };
+        let park = Park { key, next, wait: WAIT, paced: false, reason, last: LastAttempt::default() };
         pg::park(&fixture.pool, &[park]).await.unwrap();
         pg::bury(&fixture.pool, &DeadLetter::new(key, next, DeadReason::AttemptsExhausted)).await.unwrap();
         let standing = pg::standing(&fixture.pool, key.id).await.unwrap();

@@ -17,6 +17,9 @@ use crate::slots::Usage;
 /// If no request has ended for so long, nobody waits for that to happen.
 pub(super) const STALLED: Duration = Duration::from_secs(1);
 
+/// Between two recalls of a connection's parked deliveries.
+const RECALLED_AGAIN: Duration = Duration::from_secs(1);
+
 /// An attempt's share in the mean of durations: about the last ten count.
 const WEIGHT: u32 = 8;
 
@@ -51,6 +54,7 @@ pub(super) struct Known {
     moved_at: Instant,
     /// How long a place is held.
     mean: Option<Duration>,
+    recalled_at: Option<Instant>,
 }
 
 /// One who waits for a place.
@@ -77,6 +81,7 @@ impl Known {
             waiting: VecDeque::new(),
             moved_at: now,
             mean: None,
+            recalled_at: None,
         }
     }
 
@@ -87,7 +92,6 @@ impl Known {
         if version > self.version {
             self.version = version;
             self.breaker(|breaker| breaker.reset(now));
-            self.pace = Pace::new(now);
             self.mean = None;
         }
     }
@@ -199,6 +203,24 @@ impl Known {
         let interval =
             known.unwrap_or(shares.backlog).max(shares.rate.map_or(Duration::ZERO, Rate::interval));
         Refusal { why, wait: self.pace.next(now, from, interval, random) }
+    }
+
+    /// Whether most places are free while others are parked for long, and how fast these may come back then: twice as many
+    /// at a time as had room lately, so that a few recalls find out how many there is room for.
+    pub(super) fn recalls(&mut self, shares: &Shares, now: Instant) -> Option<Duration> {
+        let has_room = self.breaker.is_closed() && self.waiting.is_empty();
+        let is_idle = has_room && self.in_flight <= shares.in_flight / 4;
+        if !is_idle || self.recalled_at.is_some_and(|at| now.duration_since(at) < RECALLED_AGAIN) {
+            return None;
+        }
+        let places = self.room.max(1).saturating_mul(2).min(shares.in_flight.max(1));
+        let interval = self.mean.map_or(shares.backlog, |mean| mean / places);
+        let interval = interval.max(shares.rate.map_or(Duration::ZERO, Rate::interval));
+        // What gains little is not worth a statement.
+        self.pace.gains(interval, now).then(|| {
+            self.recalled_at = Some(now);
+            interval
+        })
     }
 
     /// Whether nothing is under way, nor waits.

@@ -13,16 +13,21 @@ const JITTER: f64 = 0.1;
 /// Nothing is parked for less, so that it does not go round and round.
 const SHORTEST: Duration = Duration::from_secs(1);
 
-/// The time at which the last of the parked ones is to be back.
+/// When the parked ones are to be back.
 #[derive(Debug)]
 pub(crate) struct Pace {
+    /// The last one, as far as they were not told a later time before a recall.
     last: Instant,
+    /// From then on none of them is parked any more.
+    all: Instant,
+    /// The longest time between two of them.
+    slowest: Duration,
 }
 
 impl Pace {
     /// Nothing is parked.
     pub(crate) fn new(now: Instant) -> Self {
-        Self { last: now }
+        Self { last: now, all: now, slowest: Duration::ZERO }
     }
 
     /// Whether some are to be back later than anybody who would be parked now for the shortest time: whoever comes now
@@ -33,12 +38,30 @@ impl Pace {
 
     /// How long one more is parked: until `interval` after the last one, and after `from`. `random` is in `0.0..1.0`.
     pub(crate) fn next(&mut self, now: Instant, from: Instant, interval: Duration, random: f64) -> Duration {
+        self.slowest = if self.all > now { self.slowest.max(interval) } else { interval };
         let wait = self.last.max(from).saturating_duration_since(now).saturating_add(interval);
         if wait > HORIZON {
-            return HORIZON.mul_f64(1.0 + JITTER * random);
+            let wait = HORIZON.mul_f64(1.0 + JITTER * random);
+            self.all = self.all.max(now + wait);
+            return wait;
         }
         self.last = now + wait;
+        self.all = self.all.max(self.last);
         wait.max(SHORTEST)
+    }
+
+    /// Whether some are parked for long who would come back at least twice as fast with this interval.
+    pub(crate) fn gains(&self, interval: Duration, now: Instant) -> bool {
+        self.all > now + SHORTEST && interval.saturating_mul(2) <= self.slowest
+    }
+
+    /// Those that are due first come back sooner than they were told, the last one of them at `last`; perhaps these are
+    /// all.
+    pub(crate) fn recalled(&mut self, interval: Duration, last: Instant, all: bool) {
+        self.last = self.last.min(last);
+        if all {
+            (self.all, self.slowest) = (self.last, interval);
+        }
     }
 }
 

@@ -190,6 +190,56 @@ async fn an_open_circuit_sends_all_away_until_a_probe_succeeds() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_parked_at_a_slow_pace_is_recalled_when_there_is_room() {
+    let worker = Worker::new(100).await;
+    let endpoint = connection(1, Limits::default());
+    let slow: Vec<Place> = (0..4).map(|_| worker.at_once(&endpoint).unwrap().unwrap()).collect();
+    sleep(Duration::from_secs(8)).await;
+    for mut place in slow {
+        place.report(Some(false));
+    }
+    let busy: Vec<Place> = (0..4).map(|_| worker.at_once(&endpoint).unwrap().unwrap()).collect();
+    for _ in 0..20 {
+        assert!(worker.at_once(&endpoint).unwrap().is_err(), "parked, one in eight fifths of a second");
+    }
+    assert_eq!(worker.admission.recalls(&endpoint), None, "there is no room");
+    drop(busy);
+    for _ in 0..20 {
+        worker.attempt(&endpoint, false).await;
+    }
+    let interval = worker.admission.recalls(&endpoint).unwrap();
+    assert!(interval < Duration::from_millis(200), "{interval:?}");
+    assert_eq!(worker.admission.recalls(&endpoint), None, "these are on their way");
+    sleep(Duration::from_secs(1)).await;
+    assert!(worker.admission.recalls(&endpoint).is_some(), "not all were looked at");
+    worker.admission.recalled(endpoint.id, interval, 10, false);
+    let places: Vec<Place> = (0..4).map(|_| worker.at_once(&endpoint).unwrap().unwrap()).collect();
+    let wait = worker.returning_one(&endpoint).await.unwrap_err().wait;
+    assert!(
+        wait < 20 * interval + Duration::from_secs(1),
+        "{wait:?}: behind those that are recalled, not behind all"
+    );
+    drop(places);
+    sleep(Duration::from_secs(1)).await;
+    assert!(worker.admission.recalls(&endpoint).is_some(), "those that are parked for long still are");
+    worker.admission.recalled(endpoint.id, interval, 10, true);
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(worker.admission.recalls(&endpoint), None, "they are through");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_for_a_rate_is_not_recalled() {
+    let worker = Worker::new(100).await;
+    let rate = RateLimit { per_second: 2.0, burst: Some(1) };
+    let endpoint = connection(1, Limits { max_in_flight: None, rate: Some(rate) });
+    worker.attempt(&endpoint, false).await;
+    for _ in 0..20 {
+        assert_eq!(why(worker.returning_one(&endpoint).await), Why::RateLimit);
+    }
+    assert_eq!(worker.admission.recalls(&endpoint), None);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_probe_that_is_not_made_is_another_ones() {
     let worker = Worker::new(100).await;
     let endpoint = connection(1, Limits::default());

@@ -319,6 +319,8 @@ pub(super) async fn change(
     match pg::change_connection(&api.pool, principal.organization, id, apply, &by).await? {
         ChangeConnection::Stored(connection) => {
             api.hints.notify(Hint::ConnectionChanged(id)).await;
+            // What was parked for it is tried again.
+            api.hints.notify(Hint::Due).await;
             Ok(Answer(ConnectionView::from(*connection).with_secret(new_secret)))
         }
         ChangeConnection::NotFound => Err(Problem::not_found()),

@@ -43,6 +43,7 @@ impl Published {
             key: self.key,
             next: self.progress(turn),
             wait: Duration::from_secs(3_600),
+            paced: false,
             reason: "http_500".into(),
             last: LastAttempt::default(),
         };

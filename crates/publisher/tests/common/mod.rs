@@ -1,6 +1,5 @@
 //! What the tests of the API share: one publisher process on a database of its own, and requests that
 //! are checked against the OpenAPI document.
-#![allow(dead_code, clippy::unwrap_used, reason = "each test binary uses its part")]
 
 pub(crate) mod audit;
 pub(crate) mod deliveries;
