@@ -7,7 +7,7 @@ use bus_core::{
     ids::{
         ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, OutboxId, SubscriptionId, SystemIds,
     },
-    pg::{self, Claim, LastAttempt, Park, StoreError, UniqueKey},
+    pg::{self, Claim, LastAttempt, Park, Recalled, StoreError, UniqueKey},
     queue::Body,
 };
 use bytes::Bytes;
@@ -190,10 +190,15 @@ async fn what_waits_for_room_alone_is_recalled_and_never_put_off() {
         all.push(Park { paced, ..park });
     }
     let other = Park { paced: true, ..parked(&pool, 1, 3_600).await };
-    all.push(other);
+    // One that came back, and was told by its endpoint to wait.
+    let mut told = Park { paced: true, ..parked(&pool, 1, 2_200).await };
+    told.key.connection = connection;
+    all.extend([other, told.clone()]);
     pg::park(&pool, &all).await.unwrap();
+    pg::park(&pool, &[Park { next: told.next.next(2), paced: false, ..told }]).await.unwrap();
     let recalled = pg::recall(&pool, connection, Duration::from_secs(100), 3).await.unwrap();
-    assert_eq!(recalled, 3, "no more than that are looked at");
+    // No more than three are looked at, and the one that is due sooner is left.
+    assert_eq!(recalled, Recalled { seen: 3, moved: 2 });
     let mut waits = Vec::new();
     for park in &all {
         let wait: f64 = sqlx::query_scalar(
@@ -206,7 +211,7 @@ async fn what_waits_for_room_alone_is_recalled_and_never_put_off() {
         // Rounded up, which allows time between the statements.
         waits.push((wait / 100.0).ceil());
     }
-    assert_eq!(waits, [3.0, 2.0, 40.0, 25.0, 1.0, 36.0]);
+    assert_eq!(waits, [3.0, 2.0, 40.0, 25.0, 1.0, 36.0, 22.0]);
     end(database, pool).await;
 }
 

@@ -31,6 +31,7 @@ pub(crate) use self::breaker::Change;
 use self::{
     breaker::{Pass, Ticket},
     connection::{Known, STALLED, Shares, Waiting},
+    pace::Pace,
     rate::Rate,
 };
 use crate::{
@@ -177,7 +178,11 @@ impl Admission {
             forget_idle(&mut connections);
         }
         let version = request.connection.version;
-        let known = connections.entry(id).or_insert_with(|| Known::new(version, now));
+        let known = connections.entry(id).or_insert_with(|| {
+            // One that was parked before this worker knew of its connection: others may be, too.
+            let pace = if request.returns { Pace::unknown(now) } else { Pace::new(now) };
+            Known::new(version, pace, now)
+        });
         known.is_asked(version, shares, now);
         let ticket = match known.breaker(|breaker| breaker.ask(now, &self.0.breaker)) {
             Pass::Granted(ticket) => ticket,
@@ -224,7 +229,8 @@ impl Admission {
         let now = Instant::now();
         let mut connections = self.lock();
         let version = connection.version;
-        let known = connections.entry(connection.id).or_insert_with(|| Known::new(version, now));
+        let known =
+            connections.entry(connection.id).or_insert_with(|| Known::new(version, Pace::new(now), now));
         let until = known.breaker(|breaker| breaker.open_until());
         let why = if until.is_some() { Why::CircuitOpen } else { why };
         known.park(why, until.unwrap_or(now), shares, now, (self.0.random)())
@@ -233,14 +239,16 @@ impl Admission {
     /// Whether the connection has room while others of it are parked for long, and how fast these may come back then.
     pub(crate) fn recalls(&self, connection: &Connection) -> Option<Duration> {
         let shares = self.shares(connection);
-        self.lock().get_mut(&connection.id)?.recalls(&shares, Instant::now())
+        let own =
+            self.lock().get_mut(&connection.id)?.recalls(connection.version, &shares, Instant::now())?;
+        // Those that are parked are nobody's; they come back to all workers.
+        Some(own / self.0.peers.count().get())
     }
 
     /// So many come back sooner, one in each `interval`; perhaps these are all that are parked.
-    pub(crate) fn recalled(&self, connection: ConnectionId, interval: Duration, recalled: u32, all: bool) {
+    pub(crate) fn recalled(&self, connection: ConnectionId, interval: Duration, seen: u32, all: bool) {
         if let Some(known) = self.lock().get_mut(&connection) {
-            let last = Instant::now() + interval.saturating_mul(recalled);
-            known.pace.recalled(interval, last, all);
+            known.pace.recalled(interval, seen, all, Instant::now());
         }
     }
 

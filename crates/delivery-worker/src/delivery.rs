@@ -370,7 +370,9 @@ impl Deliverer {
         );
         join_all(settled).await;
         drop(place);
-        self.recall.if_there_is_room(&self.admission, &receiver.connection);
+        if has_failed == Some(false) {
+            self.recall.if_there_is_room(&self.admission, &receiver.connection);
+        }
     }
 
     /// Draws the consequence of an attempt.

@@ -182,8 +182,11 @@ async fn i7_what_is_parked_for_a_connection_is_tried_when_it_is_changed() {
     receiver.script("/wrong", Answer::status(500));
     publish(&tenant, "moved", EVENTS).await;
     wait_until("an open circuit, and all of them parked", ARRIVAL, || async {
-        let parked =
-            count(&stack, "SELECT count(*) FROM delivery_states WHERE state = 'waiting' AND paced").await;
+        let parked = count(
+            &stack,
+            "SELECT count(*) FROM delivery_states WHERE state = 'waiting' AND paced_turn = turn",
+        )
+        .await;
         if parked == i64::try_from(EVENTS).unwrap() { Ok(()) } else { Err(parked) }
     })
     .await;

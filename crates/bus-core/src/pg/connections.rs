@@ -23,10 +23,10 @@ use crate::{
 };
 
 /// As many parked deliveries find out how a changed connection does, one after another.
-const RECALLED: u32 = 50;
+const RECALLED: u32 = 10;
 
-/// Between two of them.
-const RECALL_INTERVAL: Duration = Duration::from_millis(20);
+/// Between two of them, at least.
+const RECALL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A connection that is to be stored.
 #[derive(Debug, Clone)]
@@ -389,9 +389,15 @@ pub async fn change_connection<E>(
     if before.disabled_reason.is_some() && changed.enabled {
         announce_enabled(&mut transaction, &changed).await?;
     }
-    if changed.enabled {
+    if changed.enabled && (changed.target != before.target || !before.enabled) {
         // What waits for room may find it at the new address, or with the new limits; the rest follows.
-        recall(&mut *transaction, id, RECALL_INTERVAL, RECALLED).await?;
+        let rate = match &changed.target {
+            Target::Webhook(webhook) => webhook.limits.rate,
+            Target::Publisher => None,
+        };
+        let interval = rate.and_then(|rate| Duration::try_from_secs_f64(rate.per_second.recip()).ok());
+        let interval = interval.unwrap_or_default().max(RECALL_INTERVAL);
+        recall(&mut *transaction, id, interval, RECALLED).await?;
     }
     let (before, after) = shown::changed_connection(&before, &changed);
     let change = Change::new(Action::ConnectionChanged, TargetKind::Connection, id);

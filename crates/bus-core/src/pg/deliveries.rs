@@ -38,7 +38,7 @@ pub struct LastAttempt {
     pub duration: Option<Duration>,
 }
 
-/// A retry that waits longer than the queue should hold it.
+/// A delivery that waits longer than the queue should hold it.
 #[derive(Debug, Clone)]
 pub struct Park {
     /// The delivery.
@@ -98,9 +98,9 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
         parked.iter().map(|park| park.last.at.map(Into::into)).collect();
     sqlx::query(
         "INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
-                                           connection_version, state, attempts, turn, since, due_at, paced, reason,
+                                           connection_version, state, attempts, turn, since, due_at, paced_turn, reason,
                                            last_status, last_error, last_attempt_at, last_duration_ms)
-         SELECT DISTINCT ON (d) d, e, o, s, c, v, 'waiting', n, t, a, now() + make_interval(secs => wait), paced, reason,
+         SELECT DISTINCT ON (d) d, e, o, s, c, v, 'waiting', n, t, a, now() + make_interval(secs => wait), CASE WHEN paced THEN t END, reason,
                 status, error, at, duration
          FROM UNNEST($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::uuid[], $6::int8[], $7::int4[],
                      $8::int8[], $9::timestamptz[], $10::float8[], $11::bool[], $12::text[], $13::int4[],
@@ -110,7 +110,8 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
          ORDER BY d, t DESC
          ON CONFLICT (delivery_id) DO UPDATE
              SET state = 'waiting', attempts = excluded.attempts, turn = excluded.turn, since = excluded.since,
-                 due_at = excluded.due_at, paced = excluded.paced, lease_until = '-infinity', reason = excluded.reason,
+                 due_at = excluded.due_at, paced_turn = excluded.paced_turn, lease_until = '-infinity',
+                 reason = excluded.reason,
                  connection_version = excluded.connection_version, last_body = NULL, changed_at = now(),
                  -- What is parked without an attempt keeps the last one.
                  last_status = CASE WHEN excluded.last_attempt_at IS NULL THEN p.last_status ELSE excluded.last_status END,
@@ -145,22 +146,30 @@ fn millis(duration: Duration) -> i32 {
     i32::try_from(duration.as_millis()).unwrap_or(i32::MAX)
 }
 
+/// What [`recall`] has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recalled {
+    /// Deliveries that were looked at; fewer than the limit if these were all.
+    pub seen: u32,
+    /// Those of them that come sooner now.
+    pub moved: u32,
+}
+
 /// Lets parked deliveries of a connection that wait for nothing but room come back from now on (the database's now), one
-/// in each `interval`, at most `limit` of them, the earliest due first. None comes later than it would have. Gives how many
-/// were looked at: fewer than `limit` if these were all.
+/// in each `interval`, at most `limit` of them, the earliest due first. None is put off.
 pub async fn recall(
     executor: impl PgExecutor<'_>,
     connection: ConnectionId,
     interval: Duration,
     limit: u32,
-) -> Result<u32, StoreError> {
-    let recalled: i64 = sqlx::query_scalar(
+) -> Result<Recalled, StoreError> {
+    let (seen, moved): (i64, i64) = sqlx::query_as(
         "WITH waiting AS (
              SELECT delivery_id, due_at FROM delivery_states
-             WHERE connection_id = $1 AND state = 'waiting' AND paced AND due_at > now()
+             WHERE connection_id = $1 AND state = 'waiting' AND paced_turn = turn AND due_at > now()
              ORDER BY due_at
              LIMIT $2
-             -- Whoever holds one returns it, or is doing the same.
+             -- Whoever holds one closes it, parks it anew, or is doing the same.
              FOR UPDATE SKIP LOCKED
          ), placed AS (
              SELECT delivery_id,
@@ -170,8 +179,9 @@ pub async fn recall(
              UPDATE delivery_states p SET due_at = placed.due_at
              FROM placed
              WHERE p.delivery_id = placed.delivery_id AND placed.due_at < p.due_at
+             RETURNING 1
          )
-         SELECT count(*) FROM waiting",
+         SELECT (SELECT count(*) FROM waiting), (SELECT count(*) FROM moved)",
     )
     .bind(connection.0)
     .bind(i64::from(limit))
@@ -179,7 +189,8 @@ pub async fn recall(
     .fetch_one(executor)
     .await
     .during("recall parked deliveries")?;
-    Ok(u32::try_from(recalled).unwrap_or(limit))
+    let count = |n: i64| u32::try_from(n).unwrap_or(limit);
+    Ok(Recalled { seen: count(seen), moved: count(moved) })
 }
 
 /// Takes at most `limit` due deliveries for `lease_s` seconds, the longest due first.

@@ -17,8 +17,8 @@ use crate::slots::Usage;
 /// If no request has ended for so long, nobody waits for that to happen.
 pub(super) const STALLED: Duration = Duration::from_secs(1);
 
-/// Between two recalls of a connection's parked deliveries.
-const RECALLED_AGAIN: Duration = Duration::from_secs(1);
+/// If no place was found within this time, nothing is recalled: what is recalled too fast is parked again.
+pub(super) const FULL: Duration = Duration::from_secs(3);
 
 /// An attempt's share in the mean of durations: about the last ten count.
 const WEIGHT: u32 = 8;
@@ -54,7 +54,8 @@ pub(super) struct Known {
     moved_at: Instant,
     /// How long a place is held.
     mean: Option<Duration>,
-    recalled_at: Option<Instant>,
+    /// When no place was found last.
+    full_at: Option<Instant>,
 }
 
 /// One who waits for a place.
@@ -67,13 +68,13 @@ pub(super) struct Waiting {
 }
 
 impl Known {
-    pub(super) fn new(version: i64, now: Instant) -> Self {
+    pub(super) fn new(version: i64, pace: Pace, now: Instant) -> Self {
         Self {
             version,
             used: now,
             breaker: Breaker::new(now),
             bucket: Bucket::new(now),
-            pace: Pace::new(now),
+            pace,
             in_flight: 0,
             most_in_flight: 1,
             room: 0,
@@ -81,7 +82,7 @@ impl Known {
             waiting: VecDeque::new(),
             moved_at: now,
             mean: None,
-            recalled_at: None,
+            full_at: None,
         }
     }
 
@@ -92,7 +93,7 @@ impl Known {
         if version > self.version {
             self.version = version;
             self.breaker(|breaker| breaker.reset(now));
-            self.mean = None;
+            (self.mean, self.room) = (None, 0);
         }
     }
 
@@ -115,7 +116,7 @@ impl Known {
     /// The breaker has opened or closed: who waits is judged anew, and what was measured before counts no more.
     pub(super) fn has_changed(&mut self) {
         self.waiting.clear();
-        self.mean = None;
+        (self.mean, self.room) = (None, 0);
     }
 
     pub(super) fn has_place(&self, lane: &Usage, slots: usize) -> bool {
@@ -198,6 +199,7 @@ impl Known {
     ) -> Refusal {
         if why == Why::NoPlace {
             self.room = self.in_flight;
+            self.full_at = Some(now);
         }
         let known = self.mean.filter(|_| why != Why::CircuitOpen).map(|mean| mean / (self.room + 1));
         let interval =
@@ -207,20 +209,19 @@ impl Known {
 
     /// Whether most places are free while others are parked for long, and how fast these may come back then: twice as many
     /// at a time as had room lately, so that a few recalls find out how many there is room for.
-    pub(super) fn recalls(&mut self, shares: &Shares, now: Instant) -> Option<Duration> {
-        let has_room = self.breaker.is_closed() && self.waiting.is_empty();
-        let is_idle = has_room && self.in_flight <= shares.in_flight / 4;
-        if !is_idle || self.recalled_at.is_some_and(|at| now.duration_since(at) < RECALLED_AGAIN) {
+    pub(super) fn recalls(&mut self, version: i64, shares: &Shares, now: Instant) -> Option<Duration> {
+        let has_room = self.breaker.is_closed()
+            && self.waiting.is_empty()
+            && self.in_flight <= shares.in_flight / 4
+            && self.full_at.is_none_or(|at| now.duration_since(at) >= FULL);
+        // Whoever knows an older version knows older limits.
+        if !has_room || version < self.version {
             return None;
         }
         let places = self.room.max(1).saturating_mul(2).min(shares.in_flight.max(1));
         let interval = self.mean.map_or(shares.backlog, |mean| mean / places);
         let interval = interval.max(shares.rate.map_or(Duration::ZERO, Rate::interval));
-        // What gains little is not worth a statement.
-        self.pace.gains(interval, now).then(|| {
-            self.recalled_at = Some(now);
-            interval
-        })
+        self.pace.recalls(interval, now).then_some(interval)
     }
 
     /// Whether nothing is under way, nor waits.

@@ -16,18 +16,35 @@ const SHORTEST: Duration = Duration::from_secs(1);
 /// When the parked ones are to be back.
 #[derive(Debug)]
 pub(crate) struct Pace {
-    /// The last one, as far as they were not told a later time before a recall.
+    /// One more comes back after this time.
     last: Instant,
-    /// From then on none of them is parked any more.
-    all: Instant,
-    /// The longest time between two of them.
+    /// From then on none is parked any more; later than `last` if some were told to come later before a recall.
+    end: Instant,
+    /// The longest pause among them.
     slowest: Duration,
+    /// When one was told to wait, last.
+    told_at: Option<Instant>,
+    recall: Option<Recall>,
+}
+
+/// The last time that some were told to come back sooner.
+#[derive(Debug)]
+struct Recall {
+    begun: Instant,
+    interval: Duration,
+    /// They are back by then.
+    until: Instant,
 }
 
 impl Pace {
     /// Nothing is parked.
     pub(crate) fn new(now: Instant) -> Self {
-        Self { last: now, all: now, slowest: Duration::ZERO }
+        Self { last: now, end: now, slowest: Duration::ZERO, told_at: None, recall: None }
+    }
+
+    /// What others have parked is not known.
+    pub(crate) fn unknown(now: Instant) -> Self {
+        Self { end: now + HORIZON.mul_f64(1.0 + JITTER), slowest: HORIZON, ..Self::new(now) }
     }
 
     /// Whether some are to be back later than anybody who would be parked now for the shortest time: whoever comes now
@@ -38,29 +55,45 @@ impl Pace {
 
     /// How long one more is parked: until `interval` after the last one, and after `from`. `random` is in `0.0..1.0`.
     pub(crate) fn next(&mut self, now: Instant, from: Instant, interval: Duration, random: f64) -> Duration {
-        self.slowest = if self.all > now { self.slowest.max(interval) } else { interval };
-        let wait = self.last.max(from).saturating_duration_since(now).saturating_add(interval);
+        let begin = self.last.max(now);
+        let pause = interval.max(from.saturating_duration_since(begin));
+        self.slowest = if self.end > now { self.slowest.max(pause) } else { pause };
+        self.told_at = Some(now);
+        let mut wait = begin.max(from).saturating_duration_since(now).saturating_add(interval);
         if wait > HORIZON {
-            let wait = HORIZON.mul_f64(1.0 + JITTER * random);
-            self.all = self.all.max(now + wait);
-            return wait;
+            wait = HORIZON.mul_f64(1.0 + JITTER * random);
+        } else {
+            self.last = now + wait;
         }
-        self.last = now + wait;
-        self.all = self.all.max(self.last);
+        self.end = self.end.max(now + wait);
         wait.max(SHORTEST)
     }
 
-    /// Whether some are parked for long who would come back at least twice as fast with this interval.
-    pub(crate) fn gains(&self, interval: Duration, now: Instant) -> bool {
-        self.all > now + SHORTEST && interval.saturating_mul(2) <= self.slowest
+    /// Whether those that are parked for long are to come back with this interval from now on: at least twice as fast, or
+    /// what gains so little is not worth a statement. While some are on their way only a pace that is twice theirs is.
+    pub(crate) fn recalls(&mut self, interval: Duration, now: Instant) -> bool {
+        let on_their_way = self.recall.as_ref().filter(|recall| recall.until > now + SHORTEST);
+        let slowest = on_their_way.map_or(self.slowest, |recall| recall.interval);
+        let recent = self.recall.as_ref().is_some_and(|recall| now.duration_since(recall.begun) < SHORTEST);
+        let recalls = !recent && self.end > now + SHORTEST && interval.saturating_mul(2) <= slowest;
+        if recalls {
+            self.recall = Some(Recall { begun: now, interval, until: now });
+        }
+        recalls
     }
 
-    /// Those that are due first come back sooner than they were told, the last one of them at `last`; perhaps these are
-    /// all.
-    pub(crate) fn recalled(&mut self, interval: Duration, last: Instant, all: bool) {
-        self.last = self.last.min(last);
+    /// So many come back with this interval, those first that are due first; perhaps these are all.
+    pub(crate) fn recalled(&mut self, interval: Duration, seen: u32, all: bool, now: Instant) {
+        let until = now + interval.saturating_mul(seen);
+        let Some(recall) = &mut self.recall else { return };
+        recall.until = until;
+        // Those that were told later may not have been among them.
+        if self.told_at.is_some_and(|told| told + SHORTEST > recall.begun) {
+            return;
+        }
+        self.last = self.last.min(until);
         if all {
-            (self.all, self.slowest) = (self.last, interval);
+            (self.end, self.slowest) = (until, interval);
         }
     }
 }

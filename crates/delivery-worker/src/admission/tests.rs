@@ -10,7 +10,7 @@ use futures::FutureExt as _;
 use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::*;
+use super::{connection::FULL, *};
 use crate::slots::{Slot, Slots};
 
 const LIMITS: ConnectionConfig = ConnectionConfig { in_flight: 4, wait_ms: 100, backlog_per_s: 10.0 };
@@ -207,6 +207,8 @@ async fn what_was_parked_at_a_slow_pace_is_recalled_when_there_is_room() {
     for _ in 0..20 {
         worker.attempt(&endpoint, false).await;
     }
+    assert_eq!(worker.admission.recalls(&endpoint), None, "there was none a moment ago");
+    sleep(FULL).await;
     let interval = worker.admission.recalls(&endpoint).unwrap();
     assert!(interval < Duration::from_millis(200), "{interval:?}");
     assert_eq!(worker.admission.recalls(&endpoint), None, "these are on their way");
@@ -220,7 +222,7 @@ async fn what_was_parked_at_a_slow_pace_is_recalled_when_there_is_room() {
         "{wait:?}: behind those that are recalled, not behind all"
     );
     drop(places);
-    sleep(Duration::from_secs(1)).await;
+    sleep(FULL).await;
     assert!(worker.admission.recalls(&endpoint).is_some(), "those that are parked for long still are");
     worker.admission.recalled(endpoint.id, interval, 10, true);
     sleep(Duration::from_secs(1)).await;
@@ -228,11 +230,45 @@ async fn what_was_parked_at_a_slow_pace_is_recalled_when_there_is_room() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_others_have_parked_is_recalled_by_who_meets_one_of_them() {
+    let worker = Worker::new(100).await;
+    let (never_parked, parked_before) = (connection(1, Limits::default()), connection(2, Limits::default()));
+    drop(worker.new_one(&never_parked).await.unwrap());
+    assert_eq!(worker.admission.recalls(&never_parked), None, "nothing asks the database");
+    drop(worker.returning_one(&parked_before).await.unwrap());
+    let interval = worker.admission.recalls(&parked_before).unwrap();
+    worker.admission.recalled(parked_before.id, interval, 0, true);
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!(worker.admission.recalls(&parked_before), None, "there were none");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waited_for_an_open_circuit_is_recalled_slowly_at_first() {
+    let worker = Worker::new(100).await;
+    let endpoint = connection(1, Limits { max_in_flight: Some(64), rate: None });
+    let places: Vec<Place> = (0..50).map(|_| worker.at_once(&endpoint).unwrap().unwrap()).collect();
+    drop(places);
+    for _ in 0..3 {
+        worker.attempt(&endpoint, true).await;
+    }
+    for _ in 0..100 {
+        assert_eq!(why(worker.returning_one(&endpoint).await), Why::CircuitOpen);
+    }
+    sleep(Duration::from_secs(6)).await;
+    let mut probe = worker.returning_one(&endpoint).await.unwrap();
+    sleep(Duration::from_millis(10)).await;
+    assert_eq!(probe.report(Some(false)), Some(Change::Closed));
+    drop(probe);
+    let interval = worker.admission.recalls(&endpoint).unwrap();
+    assert_eq!(interval, Duration::from_millis(5), "two at a time, and not 64");
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_waits_for_a_rate_is_not_recalled() {
     let worker = Worker::new(100).await;
     let rate = RateLimit { per_second: 2.0, burst: Some(1) };
     let endpoint = connection(1, Limits { max_in_flight: None, rate: Some(rate) });
-    worker.attempt(&endpoint, false).await;
+    drop(worker.new_one(&endpoint).await.unwrap());
     for _ in 0..20 {
         assert_eq!(why(worker.returning_one(&endpoint).await), Why::RateLimit);
     }
