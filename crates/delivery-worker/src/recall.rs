@@ -42,16 +42,14 @@ impl Recall {
 
     /// An attempt has succeeded: if few others are under way, and some are parked for long, these may come.
     pub(crate) fn if_there_is_room(&self, admission: &Admission, connection: &Connection) {
-        let Ok(permit) = Arc::clone(&self.free).try_acquire_owned() else { return };
         let Some(interval) = admission.recalls(connection) else { return };
         let (this, admission, id) = (self.clone(), admission.clone(), connection.id);
-        self.tasks.spawn(async move {
-            this.recall(&admission, id, interval).await;
-            drop(permit);
-        });
+        self.tasks.spawn(async move { this.recall(&admission, id, interval).await });
     }
 
     async fn recall(&self, admission: &Admission, connection: ConnectionId, interval: Duration) {
+        // It is never closed.
+        let _permit = self.free.acquire().await;
         let recalled = pg::recall(&self.pool, connection, interval, LIMIT);
         match pg::answered("recall parked deliveries", recalled).await {
             Ok(Recalled { seen, moved }) => {

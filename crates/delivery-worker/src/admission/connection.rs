@@ -17,8 +17,12 @@ use crate::slots::Usage;
 /// If no request has ended for so long, nobody waits for that to happen.
 pub(super) const STALLED: Duration = Duration::from_secs(1);
 
-/// If no place was found within this time, nothing is recalled: what is recalled too fast is parked again.
+/// If no place was found within this time, no more are recalled at a time than had room: what finds none is parked again.
 pub(super) const FULL: Duration = Duration::from_secs(3);
+
+/// Between two that are recalled, at least: so those of one recall are on their way for longer than the shortest time
+/// between two, and one of them is there to begin the next.
+const CLOSEST: Duration = Duration::from_millis(4);
 
 /// An attempt's share in the mean of durations: about the last ten count.
 const WEIGHT: u32 = 8;
@@ -210,17 +214,17 @@ impl Known {
     /// Whether most places are free while others are parked for long, and how fast these may come back then: twice as many
     /// at a time as had room lately, so that a few recalls find out how many there is room for.
     pub(super) fn recalls(&mut self, version: i64, shares: &Shares, now: Instant) -> Option<Duration> {
-        let has_room = self.breaker.is_closed()
-            && self.waiting.is_empty()
-            && self.in_flight <= shares.in_flight / 4
-            && self.full_at.is_none_or(|at| now.duration_since(at) >= FULL);
+        let has_room =
+            self.breaker.is_closed() && self.waiting.is_empty() && self.in_flight <= shares.in_flight / 4;
         // Whoever knows an older version knows older limits.
         if !has_room || version < self.version {
             return None;
         }
-        let places = self.room.max(1).saturating_mul(2).min(shares.in_flight.max(1));
+        let was_full = self.full_at.is_some_and(|at| now.duration_since(at) < FULL);
+        let more = if was_full { 1 } else { 2 };
+        let places = self.room.max(1).saturating_mul(more).min(shares.in_flight.max(1));
         let interval = self.mean.map_or(shares.backlog, |mean| mean / places);
-        let interval = interval.max(shares.rate.map_or(Duration::ZERO, Rate::interval));
+        let interval = interval.max(shares.rate.map_or(CLOSEST, Rate::interval)).max(CLOSEST);
         self.pace.recalls(interval, now).then_some(interval)
     }
 

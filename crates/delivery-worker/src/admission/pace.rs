@@ -87,12 +87,11 @@ impl Pace {
         let until = now + interval.saturating_mul(seen);
         let Some(recall) = &mut self.recall else { return };
         recall.until = until;
-        // Those that were told later may not have been among them.
-        if self.told_at.is_some_and(|told| told + SHORTEST > recall.begun) {
-            return;
-        }
+        // What finds no room comes behind them, and not behind those that are still to be recalled.
         self.last = self.last.min(until);
-        if all {
+        // Those that were told a moment ago, or since, may not have been among them.
+        let missed = self.told_at.is_some_and(|told| told + SHORTEST > recall.begun);
+        if all && !missed {
             (self.end, self.slowest) = (until, interval);
         }
     }
