@@ -100,8 +100,8 @@ pub async fn park(pool: &PgPool, parked: &[Park]) -> Result<(), StoreError> {
         "INSERT INTO delivery_states AS p (delivery_id, event_uid, organization_id, subscription_id, connection_id,
                                            connection_version, state, attempts, turn, since, due_at, paced_turn, reason,
                                            last_status, last_error, last_attempt_at, last_duration_ms)
-         SELECT DISTINCT ON (d) d, e, o, s, c, v, 'waiting', n, t, a, now() + make_interval(secs => wait), CASE WHEN paced THEN t END, reason,
-                status, error, at, duration
+         SELECT DISTINCT ON (d) d, e, o, s, c, v, 'waiting', n, t, a, now() + make_interval(secs => wait),
+                CASE WHEN paced THEN t END, reason, status, error, at, duration
          FROM UNNEST($1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::uuid[], $6::int8[], $7::int4[],
                      $8::int8[], $9::timestamptz[], $10::float8[], $11::bool[], $12::text[], $13::int4[],
                      $14::text[], $15::timestamptz[], $16::int4[])

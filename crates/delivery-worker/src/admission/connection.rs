@@ -36,6 +36,13 @@ pub(super) struct Shares {
     pub(super) backlog: Duration,
 }
 
+impl Shares {
+    /// Between two requests, at least: by the rate.
+    fn interval(&self) -> Duration {
+        self.rate.map_or(Duration::ZERO, Rate::interval)
+    }
+}
+
 /// What is known of one connection.
 #[derive(Debug)]
 pub(super) struct Known {
@@ -206,8 +213,7 @@ impl Known {
             self.full_at = Some(now);
         }
         let known = self.mean.filter(|_| why != Why::CircuitOpen).map(|mean| mean / (self.room + 1));
-        let interval =
-            known.unwrap_or(shares.backlog).max(shares.rate.map_or(Duration::ZERO, Rate::interval));
+        let interval = known.unwrap_or(shares.backlog).max(shares.interval());
         Refusal { why, wait: self.pace.next(now, from, interval, random) }
     }
 
@@ -224,7 +230,7 @@ impl Known {
         let more = if was_full { 1 } else { 2 };
         let places = self.room.max(1).saturating_mul(more).min(shares.in_flight.max(1));
         let interval = self.mean.map_or(shares.backlog, |mean| mean / places);
-        let interval = interval.max(shares.rate.map_or(CLOSEST, Rate::interval)).max(CLOSEST);
+        let interval = interval.max(shares.interval()).max(CLOSEST);
         self.pace.recalls(interval, now).then_some(interval)
     }
 
