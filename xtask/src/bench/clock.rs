@@ -12,7 +12,7 @@ use serde_json::json;
 use sqlx::PgPool;
 use tokio::{task::JoinSet, time::sleep_until};
 
-use super::Scene;
+use super::scene::Scene;
 use crate::ui::{self, STRONG, Step, paint};
 
 /// Requests under way at a time.
@@ -131,7 +131,7 @@ impl Clock {
                 "type": "bench.tick", "source": format!("/schedules/{n}"), "data": { "n": n },
                 "cron": "* * * * * *", "startsAt": start, "endsAt": end, "missed": "catch_up", "catchUpLimit": 1_000,
             });
-            let api = scene.api.clone();
+            let api = scene.tenant.api.clone();
             requests.spawn(async move { api.publish(&event).await?.require(201).map(drop) });
             while requests.len() >= REQUESTS {
                 requests.join_next().await.context("there is one")???;

@@ -6,17 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
-use devkit::{poll, processes::Role};
-use serde_json::{Value, json};
-use tokio::task::JoinSet;
+use devkit::{poll, process::resident_memory, processes::Role};
+use serde_json::json;
 
-use super::Scene;
+use super::scene::Scene;
 use crate::ui::{self, STRONG, Step, paint};
 
-/// Events of one request.
-const BATCH: usize = 500;
 /// Requests under way at a time.
 const REQUESTS: usize = 4;
 /// How long all of them may take to arrive.
@@ -74,11 +71,11 @@ impl Due {
             .filter_map(|index| scene.stack.process(Role::CronScheduler, index).id())
             .map(|id| id.pid)
             .collect();
-        let before = memory(&schedulers).await;
+        let before = memory(&schedulers);
         let peak = AtomicU64::new(before);
         let begun = Instant::now() + Duration::from_secs_f64(left);
         poll("every due event to be published", ARRIVAL, async || {
-            peak.fetch_max(memory(&schedulers).await, Ordering::Relaxed);
+            peak.fetch_max(memory(&schedulers), Ordering::Relaxed);
             let waiting: i64 = sqlx::query_scalar("SELECT count(*) FROM scheduled_events")
                 .fetch_one(&pool)
                 .await
@@ -130,23 +127,11 @@ impl Due {
     }
 
     async fn publish(&self, scene: &Scene, count: usize, due_at: Option<&str>) -> Result<()> {
-        let mut requests = JoinSet::new();
-        for first in (0..count).step_by(BATCH) {
-            let event = |n: usize| match due_at {
-                Some(at) => json!({ "type": "bench.due", "data": { "n": n }, "deliverAt": at }),
-                None => json!({ "type": "bench.now", "data": { "n": n } }),
-            };
-            let batch: Vec<Value> = (first..count.min(first + BATCH)).map(event).collect();
-            let api = scene.api.clone();
-            requests.spawn(async move { api.publish(&Value::from(batch)).await?.require(202).map(drop) });
-            while requests.len() >= REQUESTS {
-                requests.join_next().await.context("there is one")???;
-            }
-        }
-        while let Some(accepted) = requests.join_next().await {
-            accepted??;
-        }
-        Ok(())
+        let event = |n: usize| match due_at {
+            Some(at) => json!({ "type": "bench.due", "data": { "n": n }, "deliverAt": at }),
+            None => json!({ "type": "bench.now", "data": { "n": n } }),
+        };
+        scene.tenant.publish_many(count, REQUESTS, event, async |_| Ok(())).await
     }
 }
 
@@ -158,14 +143,7 @@ async fn arrived(scene: &Scene, count: usize) -> Result<()> {
     .await
 }
 
-/// What these processes have in memory, bytes (`VmRSS` of proc(5)); 0 where there is no such thing.
-async fn memory(processes: &[u32]) -> u64 {
-    let mut bytes = 0;
-    for pid in processes {
-        let status = tokio::fs::read_to_string(format!("/proc/{pid}/status")).await.unwrap_or_default();
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = resident.and_then(|text| text.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-        bytes += kib.unwrap_or(0) * 1_024;
-    }
-    bytes
+/// What these processes have in memory, bytes; nothing where the system does not say.
+fn memory(processes: &[u32]) -> u64 {
+    processes.iter().filter_map(|pid| resident_memory(*pid).ok()).sum()
 }

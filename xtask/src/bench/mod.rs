@@ -7,22 +7,15 @@ mod due;
 mod history;
 mod history_cost;
 mod neighbours;
+mod scene;
 mod volume;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
-use devkit::{
-    client::ApiClient,
-    processes::Role,
-    receiver::Receiver,
-    servers::Durability,
-    stack::{ServerChoice, Stack, StackOptions},
-};
-use serde_json::json;
 
-use crate::{cargo::build_binaries, ui::Step};
+use crate::cargo::build_binaries;
 
 /// Measure.
 #[derive(Debug, Args)]
@@ -68,39 +61,5 @@ impl Bench {
             What::Neighbours(neighbours) => neighbours.run(binaries()?).await,
             What::Volume(volume) => volume.run(binaries()?).await,
         }
-    }
-}
-
-/// A private stack with one organization.
-struct Scene {
-    stack: Stack,
-    receiver: Receiver,
-    api: ApiClient,
-}
-
-impl Scene {
-    /// Starts it; every event whose type begins with `bench` goes to the receiver's `/bench`.
-    async fn set(bin_dir: PathBuf, schedulers: usize) -> Result<Self> {
-        let step = Step::begin(&format!(
-            "Starting nats-server, Postgres, {schedulers} schedulers and one of the others"
-        ));
-        let mut options = StackOptions::default()
-            .servers(ServerChoice::Own(Durability::Full))
-            .replicas(Role::CronScheduler, schedulers)
-            .role_env(Role::Publisher, "EVENT_BUS_SCHEDULES__MIN_INTERVAL_S", 1)
-            .role_env(Role::Publisher, "EVENT_BUS_SCHEDULES__MAX_PER_ORGANIZATION", 1_000_000);
-        options.bin_dir = Some(bin_dir);
-        let mut stack = Stack::start(options).await?;
-        let receiver = Receiver::start().await?;
-        let admin = stack.admin(0)?;
-        let organization = admin.create_organization("bench").await?.require(201)?.id().to_owned();
-        let key = json!({ "name": "all", "scopes": ["publish", "subscribe", "read", "admin"] });
-        let key = admin.create_key(&organization, &key).await?.require(201)?;
-        let api = stack.client(0)?.with_token(key.text("/key"));
-        let hook = api.create_webhook("hook", &receiver.url("/bench")).await?.require(201)?;
-        let wanted = json!({ "connectionId": hook.id(), "eventType": "bench.>" });
-        api.subscribe(&wanted).await?.require(201)?;
-        step.done();
-        Ok(Self { stack, receiver, api })
     }
 }

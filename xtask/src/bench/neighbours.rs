@@ -7,26 +7,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use clap::Args;
 use devkit::{
-    client::ApiClient,
     poll,
     receiver::{Answer, Receiver, Script},
-    servers::Durability,
-    stack::{ServerChoice, Stack, StackOptions},
+    stack::{Stack, StackOptions},
 };
 use serde_json::{Value, json};
 use tokio::{task::JoinSet, time::MissedTickBehavior};
 
+use super::scene::{Tenant, start};
 use crate::ui::{self, STRONG, Step, paint};
 
 /// Connections of the organization whose endpoints begin to hang.
 const CONNECTIONS: usize = 10;
 /// Events a second, each for one connection in turn.
 const RATE: u32 = 200;
-/// Events of one request of the flood.
-const BATCH: usize = 500;
 /// Requests of the flood under way at a time.
 const REQUESTS: usize = 2;
 /// The deadline of an attempt, milliseconds.
@@ -81,29 +78,23 @@ fn noting(latencies: &Shared) -> Script {
 }
 
 /// An organization, and what its events take.
-struct Tenant {
-    api: ApiClient,
-    organization: String,
+struct Timed {
+    tenant: Tenant,
     latencies: Shared,
 }
 
-impl Tenant {
+impl Timed {
     async fn create(stack: &mut Stack, name: &str) -> Result<Self> {
-        let admin = stack.admin(0)?;
-        let organization = admin.create_organization(name).await?.require(201)?.id().to_owned();
-        let key = json!({ "name": "all", "scopes": ["publish", "subscribe", "read"] });
-        let key = admin.create_key(&organization, &key).await?.require(201)?;
-        let api = stack.client(0)?.with_token(key.text("/key"));
-        Ok(Self { api, organization, latencies: Shared::default() })
+        Ok(Self { tenant: Tenant::create(stack, name).await?, latencies: Shared::default() })
     }
 
-    /// A connection for events of this type.
-    async fn receive(&self, url: &str, event_type: &str) -> Result<()> {
-        let hook = json!({ "name": event_type, "kind": "webhook", "url": url, "timeoutMs": TIMEOUT_MS });
-        let hook = self.api.post("/v1/connections", &hook).await?.require(201)?;
-        let wanted = json!({ "connectionId": hook.id(), "eventType": event_type });
-        self.api.subscribe(&wanted).await?.require(201)?;
-        Ok(())
+    /// A connection for events of this type, whose arrival is noted.
+    async fn receive(&self, receiver: &Receiver, event_type: &str) -> Result<()> {
+        let path = format!("/{event_type}");
+        receiver.script(&path, noting(&self.latencies));
+        let hook = json!({ "name": event_type, "kind": "webhook", "url": receiver.url(&path), "timeoutMs": TIMEOUT_MS });
+        let hook = self.tenant.api.post("/v1/connections", &hook).await?.require(201)?;
+        self.tenant.subscribe(hook.id(), event_type).await
     }
 
     /// Publishes at a steady rate, and gives the numbers of the events of each type.
@@ -121,7 +112,7 @@ impl Tenant {
                 latencies.begun.len() - 1
             };
             numbers[place].push(n);
-            let (api, event) = (self.api.clone(), json!({ "type": event_type, "data": { "n": n } }));
+            let (api, event) = (self.tenant.api.clone(), json!({ "type": event_type, "data": { "n": n } }));
             requests.spawn(async move { api.publish(&event).await?.require(202).map(drop) });
             while let Some(done) = requests.try_join_next() {
                 done??;
@@ -170,12 +161,8 @@ fn show(what: &str, took: &[Duration]) {
 
 impl Neighbours {
     pub(super) async fn run(self, bin_dir: PathBuf) -> Result<()> {
-        let step = Step::begin("Starting nats-server, Postgres and one of each binary");
-        let mut options = StackOptions::default().servers(ServerChoice::Own(Durability::Full));
-        options.bin_dir = Some(bin_dir);
-        let mut stack = Stack::start(options).await?;
+        let mut stack = start(bin_dir, StackOptions::default()).await?;
         let receiver = Receiver::start().await?;
-        step.done();
         let (one, five) = self.hanging(&mut stack, &receiver).await?;
         let (quiet, flooded) = self.flood(&mut stack, &receiver).await?;
         ui::line(paint(
@@ -198,12 +185,10 @@ impl Neighbours {
 
     /// One organization, one lane: at first all its endpoints answer, then one hangs, then five.
     async fn hanging(&self, stack: &mut Stack, receiver: &Receiver) -> Result<(f64, f64)> {
-        let tenant = Tenant::create(stack, "neighbours").await?;
+        let tenant = Timed::create(stack, "neighbours").await?;
         let types: Vec<String> = (0..CONNECTIONS).map(|n| format!("n{n}")).collect();
         for event_type in &types {
-            let path = format!("/{event_type}");
-            receiver.script(&path, noting(&tenant.latencies));
-            tenant.receive(&receiver.url(&path), event_type).await?;
+            tenant.receive(receiver, event_type).await?;
         }
         let warm = tenant.publish(&types, RATE, 5).await?;
         tenant.took(&warm.iter().map(Vec::as_slice).collect::<Vec<_>>()).await?;
@@ -230,10 +215,9 @@ impl Neighbours {
 
     /// Two organizations in two lanes, one of which floods its own.
     async fn flood(&self, stack: &mut Stack, receiver: &Receiver) -> Result<(Duration, Duration)> {
-        let victim = Tenant::create(stack, "victim").await?;
+        let victim = Timed::create(stack, "victim").await?;
         let types = ["victim".to_owned()];
-        receiver.script("/victim", noting(&victim.latencies));
-        victim.receive(&receiver.url("/victim"), "victim").await?;
+        victim.receive(receiver, "victim").await?;
         let flooder = Tenant::create(stack, "flooder").await?;
         flooder.receive(&receiver.url("/flood"), "flood").await?;
         let admin = stack.admin(0)?;
@@ -250,7 +234,11 @@ impl Neighbours {
             "One event a second while another organization queues {} events",
             self.flood
         ));
-        let flooding = tokio::spawn(flood(flooder.api.clone(), self.flood));
+        let events = self.flood;
+        let flooding = tokio::spawn(async move {
+            let event = |n: usize| json!({ "type": "flood", "data": { "n": n } });
+            flooder.publish_many(events, REQUESTS, event, async |_| Ok(())).await
+        });
         let mut all = Vec::new();
         let done = async {
             poll("the flood to be over", ARRIVAL, async || {
@@ -273,31 +261,4 @@ impl Neighbours {
         show("during the flood", &flooded);
         Ok((quantile(&quiet, 990), quantile(&flooded, 990)))
     }
-}
-
-/// Publishes so many events as fast as they are taken.
-async fn flood(api: ApiClient, events: usize) -> Result<()> {
-    let mut requests = JoinSet::new();
-    for first in (0..events).step_by(BATCH) {
-        let event = |n: usize| json!({ "type": "flood", "data": { "n": n } });
-        let batch: Vec<Value> = (first..events.min(first + BATCH)).map(event).collect();
-        let api = api.clone();
-        requests.spawn(async move {
-            // 503 asks for patience: the bus protects itself.
-            loop {
-                let reply = api.publish(&Value::from(batch.clone())).await?;
-                if reply.status != 503 {
-                    return reply.require(202).map(drop);
-                }
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            }
-        });
-        while requests.len() >= REQUESTS {
-            requests.join_next().await.context("there is one")???;
-        }
-    }
-    while let Some(accepted) = requests.join_next().await {
-        accepted??;
-    }
-    Ok(())
 }

@@ -9,21 +9,17 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use devkit::{
-    client::ApiClient,
     poll,
     process::{processor_time, resident_memory},
     processes::Role,
     receiver::{Answer, Receiver, Script},
-    servers::Durability,
-    stack::{ServerChoice, Stack, StackOptions},
+    stack::{Stack, StackOptions},
 };
 use serde_json::{Value, json};
-use tokio::task::JoinSet;
 
+use super::scene::{Tenant, start};
 use crate::ui::{self, STRONG, Step, paint};
 
-/// Events of one request.
-const BATCH: usize = 500;
 /// Requests under way at a time.
 const REQUESTS: usize = 2;
 /// Deliveries that may wait in the queue while more is published: the queue is not what is measured.
@@ -63,10 +59,7 @@ struct Reading {
 
 impl Volume {
     pub(super) async fn run(self, bin_dir: PathBuf) -> Result<()> {
-        let step = Step::begin("Starting nats-server, Postgres and one of each binary");
-        let mut options = StackOptions::default().servers(ServerChoice::Own(Durability::Full));
-        options.bin_dir = Some(bin_dir);
-        let mut stack = Stack::start(options).await?;
+        let mut stack = start(bin_dir, StackOptions::default()).await?;
         let receiver = Receiver::start().await?;
         let subscriptions = usize::from(self.subscriptions);
         let arrived = Arc::new(Mutex::new(Arrived {
@@ -74,13 +67,20 @@ impl Volume {
             distinct: 0,
             repeated: 0,
         }));
-        let api = self.set(&mut stack, &receiver, &arrived).await?;
-        step.done();
+        let tenant = self.set(&mut stack, &receiver, &arrived).await?;
 
         let total = self.events * subscriptions;
         let step =
             Step::begin(&format!("Publishing {} events for {subscriptions} subscriptions each", self.events));
-        let publishing = publish(api, self.events, subscriptions, Arc::clone(&arrived));
+        let event = |n: usize| json!({ "type": "volume.event", "data": { "n": n, "text": "x".repeat(256) } });
+        let room = async |before: usize| {
+            poll("the deliveries to follow", DEADLINE, async || {
+                let behind = (before * subscriptions).saturating_sub(lock(&arrived).distinct);
+                if behind <= AHEAD { Ok(()) } else { Err(behind) }
+            })
+            .await
+        };
+        let publishing = tenant.publish_many(self.events, REQUESTS, event, room);
         let reading = async {
             let mut readings = Vec::new();
             for tenth in 0..=10 {
@@ -130,12 +130,8 @@ impl Volume {
     }
 
     /// An organization with one connection and one subscription for each delivery of an event.
-    async fn set(&self, stack: &mut Stack, receiver: &Receiver, arrived: &Shared) -> Result<ApiClient> {
-        let admin = stack.admin(0)?;
-        let organization = admin.create_organization("volume").await?.require(201)?.id().to_owned();
-        let key = json!({ "name": "all", "scopes": ["publish", "subscribe", "read"] });
-        let key = admin.create_key(&organization, &key).await?.require(201)?;
-        let api = stack.client(0)?.with_token(key.text("/key"));
+    async fn set(&self, stack: &mut Stack, receiver: &Receiver, arrived: &Shared) -> Result<Tenant> {
+        let tenant = Tenant::create(stack, "volume").await?;
         let subscriptions = usize::from(self.subscriptions);
         for place in 0..subscriptions {
             let path = format!("/{place}");
@@ -155,40 +151,14 @@ impl Volume {
                 None => Answer::status(500),
             });
             receiver.script(&path, script);
-            let hook =
-                api.create_webhook(&format!("hook {place}"), &receiver.url(&path)).await?.require(201)?;
-            let wanted = json!({ "connectionId": hook.id(), "eventType": "volume.>" });
-            api.subscribe(&wanted).await?.require(201)?;
+            tenant.receive(&receiver.url(&path), "volume.>").await?;
         }
-        Ok(api)
+        Ok(tenant)
     }
 }
 
 fn lock(arrived: &Shared) -> std::sync::MutexGuard<'_, Arrived> {
     arrived.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Publishes all events, never further ahead of the deliveries than [`AHEAD`].
-async fn publish(api: ApiClient, events: usize, subscriptions: usize, arrived: Shared) -> Result<()> {
-    let mut requests = JoinSet::new();
-    for first in (0..events).step_by(BATCH) {
-        poll("the deliveries to follow", DEADLINE, async || {
-            let behind = (first * subscriptions).saturating_sub(lock(&arrived).distinct);
-            if behind <= AHEAD { Ok(()) } else { Err(behind) }
-        })
-        .await?;
-        let event = |n: usize| json!({ "type": "volume.event", "data": { "n": n, "text": "x".repeat(256) } });
-        let batch: Vec<Value> = (first..events.min(first + BATCH)).map(event).collect();
-        let api = api.clone();
-        requests.spawn(async move { api.publish(&Value::from(batch)).await?.require(202).map(drop) });
-        while requests.len() >= REQUESTS {
-            requests.join_next().await.context("there is one")???;
-        }
-    }
-    while let Some(accepted) = requests.join_next().await {
-        accepted??;
-    }
-    Ok(())
 }
 
 fn read(stack: &mut Stack, deliveries: usize) -> Result<Reading> {
