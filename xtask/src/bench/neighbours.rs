@@ -39,8 +39,11 @@ const FLOODED: Duration = Duration::from_secs(1);
 #[derive(Debug, Args)]
 pub(super) struct Neighbours {
     /// Seconds of each phase
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 30)]
     seconds: u32,
+    /// How often endpoints begin to hang, one and then five
+    #[arg(long, default_value_t = 2)]
+    rounds: u32,
     /// Events that one organization queues while another one sends one a second
     #[arg(long, default_value_t = 500_000)]
     flood: usize,
@@ -125,17 +128,15 @@ impl Timed {
     }
 
     /// What these events took, once all have arrived; in ascending order.
-    async fn took(&self, numbers: &[&[usize]]) -> Result<Vec<Duration>> {
-        poll("every victim's event to arrive", ARRIVAL, async || {
+    async fn took(&self, numbers: &[Vec<usize>]) -> Result<Vec<Duration>> {
+        poll("the events to arrive", ARRIVAL, async || {
             let latencies = lock(&self.latencies);
-            let missing =
-                numbers.iter().flat_map(|some| some.iter()).filter(|n| latencies.took[**n].is_none()).count();
+            let missing = numbers.iter().flatten().filter(|n| latencies.took[**n].is_none()).count();
             if missing == 0 { Ok(()) } else { Err(format!("{missing} are missing")) }
         })
         .await?;
         let latencies = lock(&self.latencies);
-        let mut took: Vec<Duration> =
-            numbers.iter().flat_map(|some| some.iter()).filter_map(|n| latencies.took[*n]).collect();
+        let mut took: Vec<Duration> = numbers.iter().flatten().filter_map(|n| latencies.took[*n]).collect();
         took.sort_unstable();
         Ok(took)
     }
@@ -183,7 +184,8 @@ impl Neighbours {
         Ok(())
     }
 
-    /// One organization, one lane: at first all its endpoints answer, then one hangs, then five.
+    /// One organization, one lane. All its endpoints answer, then one hangs; all answer again, then five hang; and so on in
+    /// turn, since the speed of a machine changes within minutes.
     async fn hanging(&self, stack: &mut Stack, receiver: &Receiver) -> Result<(f64, f64)> {
         let tenant = Timed::create(stack, "neighbours").await?;
         let types: Vec<String> = (0..CONNECTIONS).map(|n| format!("n{n}")).collect();
@@ -191,24 +193,38 @@ impl Neighbours {
             tenant.receive(receiver, event_type).await?;
         }
         let warm = tenant.publish(&types, RATE, 5).await?;
-        tenant.took(&warm.iter().map(Vec::as_slice).collect::<Vec<_>>()).await?;
+        tenant.took(&warm).await?;
 
-        let mut p99 = Vec::new();
-        for hanging in [0, 1, 5] {
-            let step = Step::begin(&format!(
-                "{RATE} events a second for {CONNECTIONS} connections, {} s, {hanging} of them hang until their deadline",
-                self.seconds
-            ));
-            for event_type in &types[CONNECTIONS - hanging..] {
-                receiver.script(&format!("/{event_type}"), Answer::hang());
+        let (mut without, mut one, mut five) = (Vec::new(), Vec::new(), Vec::new());
+        for round in 1..=self.rounds {
+            for (hanging, all) in [(0, &mut without), (1, &mut one), (0, &mut without), (5, &mut five)] {
+                let step = Step::begin(&format!(
+                    "Round {round}: {RATE} events a second for {CONNECTIONS} connections, {} s, {hanging} of them hang until \
+                     their deadline",
+                    self.seconds
+                ));
+                let bad = &types[CONNECTIONS - hanging..];
+                for event_type in bad {
+                    receiver.script(&format!("/{event_type}"), Answer::hang());
+                }
+                let numbers = tenant.publish(&types, RATE, self.seconds).await?;
+                // Those who never hang are the same in each phase.
+                all.extend(tenant.took(&numbers[..CONNECTIONS / 2]).await?);
+                for event_type in bad {
+                    receiver.script(&format!("/{event_type}"), noting(&tenant.latencies));
+                }
+                // What has gathered is over before the next phase begins, and nothing of it is lost.
+                tenant.took(&numbers).await?;
+                step.done();
             }
-            let numbers = tenant.publish(&types, RATE, self.seconds).await?;
-            // Those who never hang are the same in each phase.
-            let victims: Vec<&[usize]> = numbers[..CONNECTIONS / 2].iter().map(Vec::as_slice).collect();
-            let took = tenant.took(&victims).await?;
-            step.done();
-            show(&format!("{hanging} hang, the others"), &took);
-            p99.push(quantile(&took, 990).as_secs_f64());
+        }
+        let mut p99 = Vec::new();
+        for (what, took) in
+            [("without a bad neighbour", &mut without), ("beside one", &mut one), ("beside five", &mut five)]
+        {
+            took.sort_unstable();
+            show(what, took);
+            p99.push(quantile(took, 990).as_secs_f64());
         }
         Ok((p99[1] / p99[0], p99[2] / p99[0]))
     }
@@ -226,7 +242,7 @@ impl Neighbours {
 
         let step = Step::begin(&format!("One event a second without a flood, {} s", self.seconds));
         let numbers = victim.publish(&types, 1, self.seconds).await?;
-        let quiet = victim.took(&[&numbers[0]]).await?;
+        let quiet = victim.took(&numbers).await?;
         step.done();
         show("without a flood", &quiet);
 
@@ -256,7 +272,7 @@ impl Neighbours {
             }
         }
         flooding.await??;
-        let flooded = victim.took(&[&all]).await?;
+        let flooded = victim.took(&[all]).await?;
         step.done();
         show("during the flood", &flooded);
         Ok((quantile(&quiet, 990), quantile(&flooded, 990)))

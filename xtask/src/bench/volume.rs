@@ -70,8 +70,7 @@ impl Volume {
         let tenant = self.set(&mut stack, &receiver, &arrived).await?;
 
         let total = self.events * subscriptions;
-        let step =
-            Step::begin(&format!("Publishing {} events for {subscriptions} subscriptions each", self.events));
+        ui::line(format!("Publishing {} events for {subscriptions} subscriptions each", self.events));
         let event = |n: usize| json!({ "type": "volume.event", "data": { "n": n, "text": "x".repeat(256) } });
         let room = async |before: usize| {
             poll("the deliveries to follow", DEADLINE, async || {
@@ -82,20 +81,24 @@ impl Volume {
         };
         let publishing = tenant.publish_many(self.events, REQUESTS, event, room);
         let reading = async {
-            let mut readings = Vec::new();
+            let mut readings: Vec<Reading> = Vec::new();
             for tenth in 0..=10 {
                 poll("the next tenth of the deliveries", DEADLINE, async || {
                     let distinct = lock(&arrived).distinct;
                     if distinct >= total * tenth / 10 { Ok(()) } else { Err(distinct) }
                 })
                 .await?;
-                readings.push(read(&mut stack, lock(&arrived).distinct)?);
+                let reading = read(&mut stack, lock(&arrived).distinct)?;
+                if let Some(before) = readings.last() {
+                    show(before, &reading);
+                }
+                readings.push(reading);
             }
             Ok(readings)
         };
         let ((), readings) = tokio::try_join!(publishing, reading)?;
-        step.done();
 
+        let step = Step::begin("Waiting until history has every attempt");
         let pool = stack.owner_pool().await?;
         let events: i64 = sqlx::query_scalar("SELECT count(*) FROM events").fetch_one(&pool).await?;
         poll("history to have every attempt", DEADLINE, async || {
@@ -111,7 +114,8 @@ impl Volume {
         })
         .await?;
         pool.close().await;
-        let growth = show(&readings);
+        step.done();
+        let growth = growth(&readings);
         let (distinct, repeated) = {
             let arrived = lock(&arrived);
             (arrived.distinct, arrived.repeated)
@@ -176,25 +180,21 @@ fn read(stack: &mut Stack, deliveries: usize) -> Result<Reading> {
     Ok(Reading { deliveries, at: Instant::now(), processes: cost.collect::<Result<_>>()? })
 }
 
-/// Prints how it went; gives how much more a delivery cost in the last tenth than in the second, when everything is warm.
-fn show(readings: &[Reading]) -> f64 {
-    let mib = |bytes: u64| bytes / 1_048_576;
-    for pair in readings.windows(2) {
-        let (before, after) = (&pair[0], &pair[1]);
-        let deliveries = (after.deliveries - before.deliveries).max(1) as f64;
-        let rate = deliveries / after.at.duration_since(before.at).as_secs_f64();
-        ui::line(format!(
-            "{:>9} deliveries: {rate:>6.0}/s, {:>6.1} µs of processor time each; memory, MiB: {}",
-            after.deliveries,
-            cost(before, after),
-            after
-                .processes
-                .iter()
-                .map(|(name, memory, _)| format!("{name} {}", mib(*memory)))
-                .collect::<Vec<_>>()
-                .join(", ")
-        ));
-    }
+/// Prints what went on between two readings.
+fn show(before: &Reading, after: &Reading) {
+    let deliveries = (after.deliveries - before.deliveries).max(1) as f64;
+    let rate = deliveries / after.at.duration_since(before.at).as_secs_f64();
+    let memory = after.processes.iter().map(|(name, memory, _)| format!("{name} {}", memory / 1_048_576));
+    ui::line(format!(
+        "{:>9} deliveries: {rate:>6.0}/s, {:>6.1} µs of processor time each; memory, MiB: {}",
+        after.deliveries,
+        cost(before, after),
+        memory.collect::<Vec<_>>().join(", ")
+    ));
+}
+
+/// How much more a delivery cost in the last tenth than in the second, when everything is warm.
+fn growth(readings: &[Reading]) -> f64 {
     match (readings.get(1..3), readings.get(readings.len().saturating_sub(2)..)) {
         (Some([a, b]), Some([y, z])) => cost(y, z) / cost(a, b),
         _ => f64::NAN,
