@@ -20,7 +20,10 @@ use sqlx::postgres::PgConnectOptions;
 use tracing_subscriber::EnvFilter;
 
 pub use self::notify::{NotifyConfig, NotifyStrategy};
-use crate::streams::{self, Placement, StreamSpec};
+use crate::{
+    queue::MAX_INLINE,
+    streams::{self, Placement, StreamSpec},
+};
 
 /// The prefix of every variable.
 pub const ENV_PREFIX: &str = "EVENT_BUS_";
@@ -111,8 +114,13 @@ pub struct NatsConfig {
     /// (JetStream's `ack_wait`).
     pub ack_wait_ms: u64,
     /// The most deliveries that wait for an acknowledgement in one lane, all workers together
-    /// (JetStream's `max_ack_pending`).
+    /// (JetStream's `max_ack_pending`). Several deliveries in one message count as one.
     pub max_ack_pending: i64,
+    /// New deliveries of one connection that share a message, 1–1,000; 1 for none. A worker that dies repeats at most so
+    /// many for each message that it held.
+    pub pack_deliveries: usize,
+    /// The largest message that deliveries share, bytes, 1–262,144.
+    pub pack_bytes: usize,
 }
 
 /// The port for probes and metrics.
@@ -318,6 +326,12 @@ impl Common {
         }
         if !(1..=5).contains(&self.nats.replicas) {
             return Some("nats.replicas must be between 1 and 5".into());
+        }
+        if !(1..=1_000).contains(&self.nats.pack_deliveries) {
+            return Some("nats.pack_deliveries must be between 1 and 1,000".into());
+        }
+        if !(1..=MAX_INLINE).contains(&self.nats.pack_bytes) {
+            return Some(format!("nats.pack_bytes must be between 1 and {MAX_INLINE}"));
         }
         if self.backend == Backend::Jetstream && self.nats.url.is_none() {
             return Some("the jetstream backend needs nats.url: set NATS_URL or nats.url_file".into());

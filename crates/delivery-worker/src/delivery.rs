@@ -40,7 +40,7 @@ use crate::{
     patience::{Patience, held_during},
     recall::Recall,
     receipts::Receipts,
-    slots::Slot,
+    slots::{Slot, Slots},
 };
 
 /// What a [`Deliverer`] is made of.
@@ -163,6 +163,16 @@ impl Deliverer {
     /// Sends off what is gathered for batches: their lane has no slot left for what they wait for.
     pub(crate) fn flush_batches(&self) {
         self.batches.flush_all();
+    }
+
+    /// As [`deliver`](Self::deliver), for a delivery that came in one message with others, for which there were slots: waits
+    /// for one, and holds it meanwhile. At a stop it is left to the queue.
+    pub(crate) async fn deliver_when_free(&self, mut leased: Leased, slots: &Slots) {
+        let hold = Hold::new(leased.key, leased.lease, self.parts.lease);
+        let slot = held_during(&[&hold], self.parts.stop.run_until_cancelled(slots.acquire())).await;
+        let Some(slot) = slot else { return hold.put_back(HANDED_OVER).await };
+        leased.lease = hold.into_lease();
+        self.deliver(leased, slot).await;
     }
 
     /// Brings a delivery to its end, or to others of its batch whose task does. At a stop it may be left to the

@@ -35,6 +35,11 @@ impl Hold {
         Self { key, lease, lasts: lasts - lasts / 10, renewed: Mutex::new(Instant::now()) }
     }
 
+    /// The queue's own part of it, for a hold that goes on as another one.
+    pub(crate) fn into_lease(self) -> Box<dyn Lease> {
+        self.lease
+    }
+
     /// Whether it may have ended.
     pub(crate) fn is_lost(&self) -> bool {
         self.renewed.lock().unwrap_or_else(PoisonError::into_inner).elapsed() >= self.lasts

@@ -41,12 +41,12 @@ pub(crate) struct Lane {
 impl Lane {
     /// Runs until the stop; what was taken by then is finished by `tasks`.
     pub(crate) async fn run(self) -> Result<(), BoxError> {
-        let slots = Slots::new(self.in_flight);
+        let slots = Arc::new(Slots::new(self.in_flight));
         let mut failing = false;
         while !self.stop.is_cancelled() {
             self.beat.beat();
             let Some(free) = self.free(&slots).await else { break };
-            match self.pull(free).await {
+            match self.pull(free, &slots).await {
                 Ok(()) if failing => {
                     info!(lane = self.number, "Pulling again");
                     failing = false;
@@ -82,13 +82,19 @@ impl Lane {
         Some(std::iter::once(first).chain(std::iter::from_fn(|| slots.try_acquire())).collect())
     }
 
-    async fn pull(&self, mut free: Vec<Slot>) -> Result<(), BoxError> {
+    async fn pull(&self, mut free: Vec<Slot>, slots: &Arc<Slots>) -> Result<(), BoxError> {
         let mut leased = self.queue.pull(self.number, free.len(), PULL_WAIT).await?;
         while let Some(next) = leased.next().await {
-            let leased = next?;
-            let slot = free.pop().ok_or("the queue handed out more than was asked for")?;
-            let deliverer = Arc::clone(&self.deliverer);
-            self.tasks.spawn(async move { deliverer.deliver(leased, slot).await });
+            let (leased, deliverer) = (next?, Arc::clone(&self.deliverer));
+            match free.pop() {
+                Some(slot) => self.tasks.spawn(async move { deliverer.deliver(leased, slot).await }),
+                // It came in one message with others. Nothing more is pulled before it has a slot, since whoever waits
+                // for one is served in turn.
+                None => {
+                    let slots = Arc::clone(slots);
+                    self.tasks.spawn(async move { deliverer.deliver_when_free(leased, &slots).await })
+                }
+            };
         }
         Ok(())
     }

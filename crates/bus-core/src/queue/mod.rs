@@ -166,8 +166,8 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
     /// within the broker's duplicate window. After an error some may be there: call it again with all of them.
     async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError>;
 
-    /// Hands out at most `max` deliveries of a lane as they come, until `wait` is over. The stream ends
-    /// early when `max` are out.
+    /// Hands out at most `max` deliveries of a lane as they come, until `wait` is over. The stream ends early when `max` are
+    /// out. A queue that keeps several deliveries in one message hands out whole messages, and so may exceed it.
     async fn pull(
         &self,
         lane: u16,
@@ -193,7 +193,7 @@ pub trait DeliveryQueue: Send + Sync + fmt::Debug {
     /// the call and has not left it by the end is among them.
     async fn holds(&self, deliveries: &[DeliveryKey]) -> Result<HashSet<DeliveryId>, QueueError>;
 
-    /// How many deliveries are in the queue, held and waiting ones included.
+    /// How many deliveries are in the queue, held and waiting ones included; several in one message count as one.
     async fn depth(&self) -> Result<u64, QueueError>;
 
     /// Reports a dead letter to whoever listens for them. The row in the database is written by the

@@ -150,7 +150,7 @@ pub(crate) async fn a_later_turn_goes_in_beside_what_was_finished(kind: Kind) {
 
 pub(crate) async fn the_depth_counts_what_is_held_and_what_waits(kind: Kind) {
     let fixture = Fixture::new(kind).await;
-    fixture.put(5).await;
+    fixture.put_each(5).await;
     let mut held = pull_all(&fixture.queue, 3).await;
     let postponed = held.remove(0);
     postponed.lease.postpone(postponed.progress.next(1), Duration::from_secs(3)).await.unwrap();
@@ -219,7 +219,7 @@ pub(crate) async fn what_is_moved_to_another_lane_is_in_that_one_alone(kind: Kin
 
 pub(crate) async fn it_knows_what_it_holds(kind: Kind) {
     let fixture = Fixture::new(kind).await;
-    let keys: Vec<DeliveryKey> = fixture.put(5).await.into_iter().map(|one| one.key).collect();
+    let keys: Vec<DeliveryKey> = fixture.put_each(5).await.into_iter().map(|one| one.key).collect();
     let stranger = fixture.delivery(b"{}").await;
     let mut held = pull_all(&fixture.queue, 3).await;
     let (acked, postponed) = (held.remove(0), held.remove(0));

@@ -25,14 +25,25 @@ pub(crate) const WAIT: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_secs(1);
 /// How long a lease lasts here.
 pub(crate) const LEASE: Duration = Duration::from_secs(2);
-/// The most deliveries that a lane of the broker leaves unacknowledged here.
+/// Deliveries of one message where they are packed.
+pub(crate) const PACK: usize = 8;
+/// The most messages that a lane of the broker leaves unacknowledged here.
 pub(crate) const WINDOW: usize = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
+    /// Each delivery in a message of its own.
     JetStream,
+    /// [`PACK`] of them in one, if they are put in together; here all are of one connection.
+    JetStreamPacked,
     Postgres,
     Memory,
+}
+
+impl Kind {
+    pub(crate) fn is_jetstream(self) -> bool {
+        matches!(self, Self::JetStream | Self::JetStreamPacked)
+    }
 }
 
 /// A queue of one lane, and a second worker's view of it.
@@ -42,6 +53,8 @@ pub(crate) struct Fixture {
     pub(crate) nats: Option<Nats>,
     pub(crate) pool: PgPool,
     pub(crate) organization: OrganizationId,
+    /// The connection of all deliveries that are for none in particular, if there is one.
+    connection: Option<ConnectionId>,
     clock: Option<ManualClock>,
     database: Database,
 }
@@ -54,7 +67,8 @@ impl Fixture {
         let prefix = devkit::random_token(6);
         let (mut nats, mut clock) = (None, None);
         let (queue, other_worker): (Arc<dyn DeliveryQueue>, Arc<dyn DeliveryQueue>) = match kind {
-            Kind::JetStream => {
+            Kind::JetStream | Kind::JetStreamPacked => {
+                let pack = if kind == Kind::JetStreamPacked { PACK } else { 1 };
                 let common = load_common(
                     None,
                     [
@@ -66,6 +80,7 @@ impl Fixture {
                         ("EVENT_BUS_STREAMS__AUDIT__MAX_BYTES", "67108864".to_owned()),
                         ("EVENT_BUS_NATS__ACK_WAIT_MS", LEASE.as_millis().to_string()),
                         ("EVENT_BUS_NATS__MAX_ACK_PENDING", WINDOW.to_string()),
+                        ("EVENT_BUS_NATS__PACK_DELIVERIES", pack.to_string()),
                     ]
                     .map(|(name, value)| (name.to_owned(), value)),
                 )
@@ -93,7 +108,8 @@ impl Fixture {
         queue.prepare().await.unwrap();
         other_worker.prepare().await.unwrap();
         let organization = OrganizationId(SystemIds.next());
-        Self { queue, other_worker, nats, pool, organization, clock, database }
+        let connection = (kind == Kind::JetStreamPacked).then(|| SystemIds.next().into());
+        Self { queue, other_worker, nats, pool, organization, connection, clock, database }
     }
 
     /// Lets time pass: by the queue's own clock if it has one that can be moved, else really.
@@ -104,9 +120,9 @@ impl Fixture {
         }
     }
 
-    /// A delivery of a stored event with this body, to a connection of its own.
+    /// A delivery of a stored event with this body; to a connection of its own, if deliveries are not packed.
     pub(crate) async fn delivery(&self, body: &[u8]) -> Enqueue {
-        self.delivery_to(SystemIds.next().into(), body).await
+        self.delivery_to(self.connection.unwrap_or_else(|| SystemIds.next().into()), body).await
     }
 
     pub(crate) async fn delivery_to(&self, connection: ConnectionId, body: &[u8]) -> Enqueue {
@@ -147,6 +163,15 @@ impl Fixture {
     pub(crate) async fn put(&self, n: usize) -> Vec<Enqueue> {
         let deliveries = self.deliveries(n).await;
         self.queue.enqueue(&deliveries).await.unwrap();
+        deliveries
+    }
+
+    /// Puts `n` deliveries in, one by one: so each is in a message of its own.
+    pub(crate) async fn put_each(&self, n: usize) -> Vec<Enqueue> {
+        let deliveries = self.deliveries(n).await;
+        for delivery in &deliveries {
+            self.queue.enqueue(std::slice::from_ref(delivery)).await.unwrap();
+        }
         deliveries
     }
 

@@ -8,12 +8,14 @@ mod cases;
 mod failings;
 mod fixture;
 mod jetstream_only;
+mod packs;
 
 use self::fixture::Kind;
 
 macro_rules! on_every_queue {
     (cases: $($case:ident),* ; failings: $($failing:ident),* $(,)?) => {
         on_every_queue! { @on jetstream JetStream, $($case),* ; $($failing),* }
+        on_every_queue! { @on jetstream_packed JetStreamPacked, $($case),* ; $($failing),* }
         on_every_queue! { @on postgres Postgres, $($case),* ; $($failing),* }
         on_every_queue! { @on memory Memory, $($case),* ; $($failing),* }
     };

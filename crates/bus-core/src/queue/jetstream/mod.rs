@@ -1,16 +1,21 @@
 //! The delivery queue on JetStream.
 
+mod lease;
+mod message;
+mod pack;
+
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use async_nats::{
     HeaderMap,
-    jetstream::{
-        AckKind, Message, consumer::PullConsumer, message::PublishMessage, stream::RawMessageErrorKind,
-    },
+    jetstream::{AckKind, Message, consumer::PullConsumer, stream::RawMessageErrorKind},
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -19,14 +24,18 @@ use futures::{
     future::join_all,
     stream::{self, BoxStream, FuturesUnordered},
 };
-use jiff::Timestamp;
 use tokio::{sync::Mutex, time::Instant};
 use tracing::{error, warn};
 
-use super::{Body, DeliveryQueue, Enqueue, Lease, Leased, QueueError};
+use self::{
+    lease::{Held, MessageLease},
+    message::{ATTEMPTS, EVENT, MESSAGE_ID, Read, SUBSCRIPTION},
+    pack::Limits,
+};
+use super::{Body, DeliveryQueue, Enqueue, Leased, QueueError};
 use crate::{
-    delivery::{DeliveryKey, Progress},
-    ids::{DeliveryId, EventUid},
+    delivery::DeliveryKey,
+    ids::DeliveryId,
     nats::{During as _, Nats},
     pg::DeadLetter,
     receipt::Receipt,
@@ -44,22 +53,11 @@ const WALKS: usize = 32;
 /// Receipts of one message; a receipt is about 300 bytes.
 const RECEIPTS_PER_MESSAGE: usize = 500;
 
-/// `<delivery>` or, from the second turn on, `<delivery>:<turn>`: whoever repeats a step is recognised.
-const MESSAGE_ID: &str = "Nats-Msg-Id";
-const EVENT: &str = "Bus-Event";
-const SUBSCRIPTION: &str = "Bus-Subscription";
-const CONNECTION_VERSION: &str = "Bus-Connection-Version";
-const STORED: &str = "Bus-Body-Stored";
-/// When the delivery's lifetime began, milliseconds since 1970.
-const SINCE: &str = "Bus-Since";
-/// Failed attempts so far; absent for none.
-const ATTEMPTS: &str = "Bus-Attempts";
-/// Not before this many milliseconds from when it is first handed out. JetStream has no delayed publish that
-/// deduplicates, so the message goes in at once and whoever gets it first postpones it.
-const WAIT: &str = "Bus-Wait";
-
 /// Of the consumer's window at most this share is for deliveries that wait; the rest are parked.
 const WAITING_SHARE: usize = 2;
+
+/// A hold that was extended this part of `ack_wait` ago is not extended again: those of a message all ask for it.
+const EXTENDED: u32 = 20;
 
 /// How old the count of the window may be.
 const COUNTED: Duration = Duration::from_millis(250);
@@ -79,6 +77,8 @@ pub struct JetStreamQueue {
 struct Lane {
     consumer: PullConsumer,
     window: Arc<Mutex<Window>>,
+    /// About how many deliveries the largest message had lately.
+    largest: Arc<AtomicUsize>,
 }
 
 #[derive(Debug, Default)]
@@ -93,29 +93,14 @@ impl JetStreamQueue {
         Self { nats, lanes, pulled: Arc::default(), found: Arc::default() }
     }
 
-    fn message(&self, delivery: &Enqueue) -> (String, PublishMessage) {
-        let key = &delivery.key;
-        let subject = self.nats.names.deliver(delivery.lane(self.lanes), key.organization, key.connection);
-        let mut headers = HeaderMap::new();
-        headers.insert(EVENT, key.event.to_string());
-        headers.insert(SUBSCRIPTION, key.subscription.to_string());
-        headers.insert(CONNECTION_VERSION, key.connection_version.to_string());
-        write_progress(&mut headers, key.id, delivery.progress);
-        let body = match &delivery.body {
-            Body::Inline(body) => body.clone(),
-            Body::Stored => {
-                headers.insert(STORED, "1");
-                Bytes::new()
-            }
-        };
-        (subject, PublishMessage::build().headers(headers).payload(body))
-    }
-
     async fn lane(&self, lane: u16) -> Result<Lane, QueueError> {
         if let Some(lane) = self.pulled.lock().await.get(&lane) {
             return Ok(lane.clone());
         }
-        let pulled = Lane { consumer: self.nats.lane_consumer(lane).await?, window: Arc::default() };
+        let consumer = self.nats.lane_consumer(lane).await?;
+        // Rather too few are asked for at first than more than there are slots.
+        let largest = Arc::new(AtomicUsize::new(self.nats.config.pack_deliveries));
+        let pulled = Lane { consumer, window: Arc::default(), largest };
         self.pulled.lock().await.insert(lane, pulled.clone());
         Ok(pulled)
     }
@@ -146,12 +131,17 @@ impl JetStreamQueue {
 impl DeliveryQueue for JetStreamQueue {
     async fn enqueue(&self, deliveries: &[Enqueue]) -> Result<(), QueueError> {
         self.make_known(deliveries).await;
+        let limits =
+            Limits { deliveries: self.nats.config.pack_deliveries, bytes: self.nats.config.pack_bytes };
         let mut acks = FuturesUnordered::new();
-        for delivery in deliveries {
+        for group in pack::group(deliveries, self.lanes, limits) {
+            let Some(first) = group.first() else { continue };
             if acks.len() == WINDOW {
                 acks.next().await.transpose().during("enqueue a delivery")?;
             }
-            let (subject, message) = self.message(delivery);
+            let key = &first.key;
+            let subject = self.nats.names.deliver(first.lane(self.lanes), key.organization, key.connection);
+            let message = message::write(&group);
             let ack =
                 self.nats.jetstream.send_publish(subject, message).await.during("enqueue a delivery")?;
             acks.push(ack.into_future());
@@ -169,7 +159,8 @@ impl DeliveryQueue for JetStreamQueue {
         let lane = self.lane(number).await?;
         // No idle heartbeats: async-nats 0.51 answers `Pending` to one without asking to be woken again, and
         // the batch then hangs. It ends by itself 5 s after `wait` if the broker says nothing.
-        let batch = lane.consumer.batch().max_messages(max).expires(wait).messages().await;
+        let messages = (max / lane.largest.load(Ordering::Relaxed).max(1)).max(1);
+        let batch = lane.consumer.batch().max_messages(messages).expires(wait).messages().await;
         let batch = match batch.during("pull deliveries") {
             Ok(batch) => batch,
             Err(failed) => {
@@ -178,18 +169,19 @@ impl DeliveryQueue for JetStreamQueue {
             }
         };
         let queue = self.clone();
-        let leased = batch.filter_map(move |message| {
+        let leased = batch.then(move |message| {
             let (queue, lane) = (queue.clone(), lane.clone());
             async move {
                 match message.during("pull deliveries") {
-                    Ok(message) => queue.lease(message, number, &lane).await,
+                    Ok(message) => queue.lease(message, number, &lane).await.into_iter().map(Ok).collect(),
                     Err(failed) => {
                         queue.forget(number).await;
-                        Some(Err(failed.into()))
+                        vec![Err(failed.into())]
                     }
                 }
             }
         });
+        let leased = leased.map(stream::iter).flatten();
         Ok(leased.boxed())
     }
 
@@ -288,8 +280,8 @@ impl JetStreamQueue {
                 Err(failed) => return Err(failed).during(OPERATION)?,
             };
             sequence = message.sequence + 1;
-            let id = message.headers.get(MESSAGE_ID).and_then(|id| delivery_of(id.as_str()));
-            held.extend(id.filter(|id| wanted.remove(id)));
+            let there = message::deliveries_in(&message.headers, &message.payload);
+            held.extend(there.into_iter().filter(|id| wanted.remove(id)));
         }
         Ok(held)
     }
@@ -306,19 +298,19 @@ impl JetStreamQueue {
         Ok(())
     }
 
-    /// Reads a message. `None` for one that is not to be worked on now: it has to wait and does so in the
-    /// lane's window, or it cannot be read and was moved to the dead-letter stream, so that it blocks nothing.
-    async fn lease(&self, message: Message, number: u16, lane: &Lane) -> Option<Result<Leased, QueueError>> {
-        let read = match read(&message) {
+    /// The deliveries of a message. None if it is not to be worked on now: it has to wait and does so in the lane's window, or
+    /// it cannot be read and was moved to the dead-letter stream, so that it blocks nothing.
+    async fn lease(&self, message: Message, number: u16, lane: &Lane) -> Vec<Leased> {
+        let Read { contents, wait: waits, delivered } = match message::read(&message) {
             Ok(read) => read,
             Err(problem) => {
                 self.set_aside(&message, problem).await;
-                return None;
+                return Vec::new();
             }
         };
-        let wait = read.wait.filter(|_| read.delivered == 1);
+        let wait = waits.filter(|_| delivered == 1);
         // The first time that a waiting message is handed out is nobody's.
-        let handed_out = read.delivered - u32::from(read.wait.is_some() && wait.is_none());
+        let handed_out = delivered - u32::from(waits.is_some() && wait.is_none());
         if let Some(wait) = wait
             && lane.may_wait(self.nats.config.max_ack_pending).await
         {
@@ -328,13 +320,22 @@ impl JetStreamQueue {
                 // It comes again after ack_wait, which is longer.
                 warn!(error = %Chain(&failed), "A delivery waits longer than it should");
             }
-            return None;
+            return Vec::new();
         }
-        let stored = message.headers.as_ref().is_some_and(|headers| headers.get(STORED).is_some());
-        let body = if stored { Body::Stored } else { Body::Inline(message.payload.clone()) };
-        let Read { key, progress, .. } = read;
-        let lease = Box::new(MessageLease { message, delivery: key.id, queue: self.clone() });
-        Some(Ok(Leased { key, progress, lane: number, handed_out, wait, body, lease }))
+        lane.note(contents.len());
+        let packed = contents.len() > 1;
+        let ack_wait = Duration::from_millis(self.nats.config.ack_wait_ms);
+        let held = Held::new(message, self.clone(), contents.len(), ack_wait / EXTENDED);
+        let leased = contents.into_iter().enumerate().map(|(place, content)| Leased {
+            key: content.key,
+            progress: content.progress,
+            lane: number,
+            handed_out,
+            wait,
+            body: content.body.clone(),
+            lease: Box::new(MessageLease { held: Arc::clone(&held), place, packed, content }),
+        });
+        leased.collect()
     }
 
     /// Moves a message that cannot be read to the dead-letter stream. If that fails it stays and comes again
@@ -355,6 +356,15 @@ impl JetStreamQueue {
 }
 
 impl Lane {
+    /// Notes how many deliveries a message had. Where packs have become smaller that is known a few messages later.
+    fn note(&self, deliveries: usize) {
+        let before = self.largest.load(Ordering::Relaxed);
+        let now = deliveries.max(before - before.saturating_sub(deliveries).div_ceil(8));
+        if now != before {
+            self.largest.store(now, Ordering::Relaxed);
+        }
+    }
+
     /// Whether one more delivery may wait in the consumer's window, which the deliveries under way need too:
     /// a full window stops the lane.
     async fn may_wait(&self, max_ack_pending: i64) -> bool {
@@ -376,112 +386,4 @@ impl Lane {
 /// NATS header values are single lines.
 fn single_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
-fn write_progress(headers: &mut HeaderMap, delivery: DeliveryId, progress: Progress) {
-    let id = match progress.turn {
-        0 => delivery.to_string(),
-        turn => format!("{delivery}:{turn}"),
-    };
-    headers.insert(MESSAGE_ID, id);
-    headers.insert(SINCE, progress.since.as_millisecond().to_string());
-    if progress.attempts > 0 {
-        headers.insert(ATTEMPTS, progress.attempts.to_string());
-    }
-}
-
-/// The delivery that a message id names.
-fn delivery_of(message_id: &str) -> Option<DeliveryId> {
-    message_id.split(':').next().and_then(|id| id.parse().ok())
-}
-
-/// What a message says.
-struct Read {
-    key: DeliveryKey,
-    progress: Progress,
-    wait: Option<Duration>,
-    /// How often it was handed out.
-    delivered: u32,
-}
-
-fn read(message: &Message) -> Result<Read, &'static str> {
-    let headers = message.headers.as_ref().ok_or("no headers")?;
-    let optional = |name: &'static str| headers.get(name).map(|value| value.as_str());
-    let header = |name: &'static str, problem| optional(name).ok_or(problem);
-    let id = header(MESSAGE_ID, "no Nats-Msg-Id")?;
-    let turn = match id.split_once(':') {
-        Some((_, turn)) => turn.parse::<i64>().map_err(|_| "Nats-Msg-Id: not a turn")?,
-        None => 0,
-    };
-    let id = delivery_of(id).ok_or("Nats-Msg-Id: not a delivery id")?;
-    if turn < 0 {
-        return Err("Nats-Msg-Id: not a turn");
-    }
-    let info = message.info().map_err(|_| "not a JetStream message")?;
-    let since = match optional(SINCE) {
-        Some(millis) => millis
-            .parse()
-            .ok()
-            .filter(|millis| *millis >= 0)
-            .and_then(|millis| Timestamp::from_millisecond(millis).ok())
-            .ok_or("Bus-Since: not a time")?,
-        // Put in by a version that did not write it.
-        None => {
-            Timestamp::from_second(info.published.unix_timestamp()).map_err(|_| "not published in time")?
-        }
-    };
-    let attempts = optional(ATTEMPTS).map_or(Ok(0), str::parse).map_err(|_| "Bus-Attempts: not a number")?;
-    let wait = optional(WAIT).map(str::parse).transpose().map_err(|_| "Bus-Wait: not a number")?;
-    let event: EventUid =
-        header(EVENT, "no Bus-Event")?.parse().map_err(|_| "Bus-Event: not an event uid")?;
-    let subscription = header(SUBSCRIPTION, "no Bus-Subscription")?
-        .parse()
-        .map_err(|_| "Bus-Subscription: not a subscription id")?;
-    let connection_version = header(CONNECTION_VERSION, "no Bus-Connection-Version")?
-        .parse()
-        .map_err(|_| "Bus-Connection-Version: not a number")?;
-    let mut tokens = message.subject.rsplit('.');
-    let connection = tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no connection id")?;
-    let organization =
-        tokens.next().and_then(|token| token.parse().ok()).ok_or("subject: no organization id")?;
-    Ok(Read {
-        key: DeliveryKey { id, event, organization, subscription, connection, connection_version },
-        progress: Progress { attempts, turn, since },
-        wait: wait.map(Duration::from_millis),
-        delivered: u32::try_from(info.delivered).unwrap_or(u32::MAX),
-    })
-}
-
-#[derive(Debug)]
-struct MessageLease {
-    message: Message,
-    delivery: DeliveryId,
-    queue: JetStreamQueue,
-}
-
-#[async_trait]
-impl Lease for MessageLease {
-    async fn ack(&self) -> Result<(), QueueError> {
-        Ok(self.message.ack().await.during("acknowledge a delivery")?)
-    }
-
-    /// The next turn goes in first: whoever dies in between leaves both, the earlier one is attempted again,
-    /// and what follows from that bears the same message id.
-    async fn postpone(&self, next: Progress, wait: Duration) -> Result<(), QueueError> {
-        let mut headers = self.message.headers.clone().unwrap_or_default();
-        write_progress(&mut headers, self.delivery, next);
-        // Rounded up: not a moment early.
-        headers.insert(WAIT, wait.as_nanos().div_ceil(1_000_000).to_string());
-        let (subject, body) = (self.message.subject.to_string(), self.message.payload.clone());
-        self.queue.publish(subject, headers, body, "postpone a delivery").await?;
-        self.ack().await
-    }
-
-    async fn put_back(&self, wait: Duration) -> Result<(), QueueError> {
-        Ok(self.message.ack_with(AckKind::Nak(Some(wait))).await.during("put a delivery back")?)
-    }
-
-    async fn extend(&self) -> Result<(), QueueError> {
-        Ok(self.message.ack_with(AckKind::Progress).await.during("hold a delivery longer")?)
-    }
 }
