@@ -48,7 +48,7 @@ impl Tenant {
 
     /// A webhook connection, with one subscription to events of this type.
     pub(super) async fn receive(&self, url: &str, event_type: &str) -> Result<()> {
-        let hook = self.api.create_webhook(event_type, url).await?.require(201)?;
+        let hook = self.api.create_webhook(&format!("{event_type} at {url}"), url).await?.require(201)?;
         self.subscribe(hook.id(), event_type).await
     }
 

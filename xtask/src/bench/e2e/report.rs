@@ -135,6 +135,12 @@ impl Report {
 
     /// Prints it. After each figure is how many times that of the `earlier` report it is.
     pub(super) fn show(&self, earlier: Option<&Self>) {
+        let kind = |report: &Self| (report.deliveries, report.debug);
+        if earlier.is_some_and(|earlier| kind(earlier) != kind(self)) {
+            ui::line(
+                "The earlier figures are of runs with another number of deliveries, or of another kind of build.",
+            );
+        }
         self.show_rates(earlier);
         self.show_costs(earlier);
         self.show_backends();
