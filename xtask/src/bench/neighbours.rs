@@ -17,7 +17,10 @@ use devkit::{
 use serde_json::{Value, json};
 use tokio::{task::JoinSet, time::MissedTickBehavior};
 
-use super::scene::{Tenant, start};
+use super::{
+    scene::{Tenant, start},
+    statistics::quantile,
+};
 use crate::ui::{self, STRONG, Step, paint};
 
 /// Connections of the organization whose endpoints begin to hang.
@@ -140,12 +143,6 @@ impl Timed {
         took.sort_unstable();
         Ok(took)
     }
-}
-
-/// Of 1,000 that many take at most as long.
-fn quantile(sorted: &[Duration], of_1_000: usize) -> Duration {
-    let place = sorted.len().saturating_sub(1) * of_1_000 / 1_000;
-    sorted.get(place).copied().unwrap_or_default()
 }
 
 fn show(what: &str, took: &[Duration]) {
