@@ -45,6 +45,20 @@ pub(crate) fn build_binaries(release: bool) -> Result<PathBuf> {
         command.arg("--release");
     }
     run(command)?;
+    profile_dir(release)
+}
+
+/// Builds this program in release, and runs that with the arguments of this one.
+pub(crate) fn run_in_release() -> Result<()> {
+    // As part of the workspace, which has the dependencies' features in common with the binaries.
+    run(cargo(&["build", "--workspace", "--bin", "xtask", "--release"]))?;
+    let mut command = Command::new(profile_dir(true)?.join("xtask"));
+    command.args(env::args_os().skip(1));
+    run(command)
+}
+
+/// The folder with the binaries of a profile.
+fn profile_dir(release: bool) -> Result<PathBuf> {
     // They lie beside this program, or in the folder of the other profile.
     let own = processes::bin_dir()?;
     let profiles = own.parent().context("the folder of the binaries has no parent")?;

@@ -1,6 +1,6 @@
 //! Parks what is to wait in the database, as many at once as have gathered: long retries, and what finds no room.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bus_core::{
     notify::{DUE_IDLE, Hint, Notifier},
@@ -9,7 +9,10 @@ use bus_core::{
 };
 use metrics::counter;
 use sqlx::PgPool;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::sleep,
+};
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
@@ -20,6 +23,10 @@ use crate::{
 
 /// Rows of one statement.
 const BATCH: usize = 500;
+
+/// How long a batch gathers. Each costs a commit, and commits that wait for the disk one after the other would slow down
+/// those of the publishers.
+const GATHER: Duration = Duration::from_millis(50);
 
 /// Deliveries that wait for the next statement. Each may have a body of 256 KiB, usually a few.
 const GATHERED: usize = 1_000;
@@ -50,6 +57,12 @@ impl Parking {
         tasks.spawn(async move {
             let mut batch = Vec::with_capacity(BATCH);
             while parked.recv_many(&mut batch, BATCH).await > 0 {
+                sleep(GATHER).await;
+                while batch.len() < BATCH
+                    && let Ok(item) = parked.try_recv()
+                {
+                    batch.push(item);
+                }
                 park(&pool, hints.as_ref(), &patience, std::mem::take(&mut batch)).await;
             }
         });

@@ -16,6 +16,7 @@ use devkit::{
 use sqlx::{Connection as _, PgConnection, postgres::PgPoolOptions};
 use tokio::task::JoinSet;
 
+use super::statistics::{median, spread};
 use crate::ui::{self, STRONG, Step, paint};
 
 /// Connections of those that write row by row.
@@ -250,17 +251,4 @@ async fn checkpoint(superuser: &mut PgConnection) -> Result<()> {
 async fn wal_position(superuser: &mut PgConnection) -> Result<f64> {
     let position = sqlx::query_scalar("SELECT (pg_current_wal_insert_lsn() - '0/0')::float8");
     Ok(position.fetch_one(superuser).await?)
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
-}
-
-/// `median (least–most)`.
-fn spread(values: &[f64], digits: usize) -> String {
-    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
-    let most = values.iter().copied().fold(0.0, f64::max);
-    format!("{:.digits$} ({least:.digits$}–{most:.digits$})", median(values))
 }

@@ -4,10 +4,12 @@
 
 mod clock;
 mod due;
+mod e2e;
 mod history;
 mod history_cost;
 mod neighbours;
 mod scene;
+mod statistics;
 mod volume;
 
 use std::path::PathBuf;
@@ -15,7 +17,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, Subcommand};
 
-use crate::cargo::build_binaries;
+use crate::cargo::{build_binaries, run_in_release};
 
 /// Measure.
 #[derive(Debug, Args)]
@@ -36,6 +38,8 @@ enum What {
     Clock(clock::Clock),
     /// Events that are all due in the same second
     Due(due::Due),
+    /// How many deliveries a second, at which cost, and how fast, beside Postgres, JetStream and HTTP without the bus
+    E2e(e2e::EndToEnd),
     /// History and cold storage, compared with what the receiver saw
     History(history::History),
     /// What history costs the database, written in bulk and row by row
@@ -55,6 +59,9 @@ impl Bench {
         match self.what {
             What::Clock(clock) => clock.run(binaries()?).await,
             What::Due(due) => due.run(binaries()?).await,
+            // This program publishes and receives, which would be most of the cost if it was built for debugging.
+            What::E2e(_) if cfg!(debug_assertions) && !self.debug => run_in_release(),
+            What::E2e(e2e) => e2e.run(binaries()?, self.debug).await,
             What::History(history) => history.run(binaries()?).await,
             // Postgres alone.
             What::HistoryCost(cost) => cost.run().await,

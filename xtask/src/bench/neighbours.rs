@@ -17,7 +17,10 @@ use devkit::{
 use serde_json::{Value, json};
 use tokio::{task::JoinSet, time::MissedTickBehavior};
 
-use super::scene::{Tenant, start};
+use super::{
+    scene::{Tenant, start},
+    statistics::quantile,
+};
 use crate::ui::{self, STRONG, Step, paint};
 
 /// Connections of the organization whose endpoints begin to hang.
@@ -142,12 +145,6 @@ impl Timed {
     }
 }
 
-/// Of 1,000 that many take at most as long.
-fn quantile(sorted: &[Duration], of_1_000: usize) -> Duration {
-    let place = sorted.len().saturating_sub(1) * of_1_000 / 1_000;
-    sorted.get(place).copied().unwrap_or_default()
-}
-
 fn show(what: &str, took: &[Duration]) {
     let ms = |of_1_000| quantile(took, of_1_000).as_secs_f64() * 1e3;
     ui::line(format!(
@@ -195,9 +192,12 @@ impl Neighbours {
         let warm = tenant.publish(&types, RATE, 5).await?;
         tenant.took(&warm).await?;
 
-        let (mut without, mut one, mut five) = (Vec::new(), Vec::new(), Vec::new());
+        const PHASES: [(usize, &str); 3] =
+            [(0, "without a bad neighbour"), (1, "beside one that hangs"), (5, "beside five that hang")];
+        let mut all: [Vec<Duration>; PHASES.len()] = Default::default();
         for round in 1..=self.rounds {
-            for (hanging, all) in [(0, &mut without), (1, &mut one), (0, &mut without), (5, &mut five)] {
+            for phase in [0, 1, 0, 2] {
+                let (hanging, _) = PHASES[phase];
                 let step = Step::begin(&format!(
                     "Round {round}: {RATE} events a second for {CONNECTIONS} connections, {} s, {hanging} of them hang until \
                      their deadline",
@@ -209,7 +209,7 @@ impl Neighbours {
                 }
                 let numbers = tenant.publish(&types, RATE, self.seconds).await?;
                 // Those who never hang are the same in each phase.
-                all.extend(tenant.took(&numbers[..CONNECTIONS / 2]).await?);
+                all[phase].extend(tenant.took(&numbers[..CONNECTIONS / 2]).await?);
                 for event_type in bad {
                     receiver.script(&format!("/{event_type}"), noting(&tenant.latencies));
                 }
@@ -219,9 +219,7 @@ impl Neighbours {
             }
         }
         let mut p99 = Vec::new();
-        for (what, took) in
-            [("without a bad neighbour", &mut without), ("beside one", &mut one), ("beside five", &mut five)]
-        {
+        for ((_, what), took) in PHASES.iter().zip(&mut all) {
             took.sort_unstable();
             show(what, took);
             p99.push(quantile(took, 990).as_secs_f64());

@@ -33,6 +33,7 @@ pub(super) async fn start(bin_dir: PathBuf, options: StackOptions) -> Result<Sta
 pub(super) struct Tenant {
     pub(super) api: ApiClient,
     pub(super) organization: String,
+    pub(super) key: String,
 }
 
 impl Tenant {
@@ -40,14 +41,14 @@ impl Tenant {
         let admin = stack.admin(0)?;
         let organization = admin.create_organization(name).await?.require(201)?.id().to_owned();
         let key = json!({ "name": "all", "scopes": ["publish", "subscribe", "read", "admin"] });
-        let key = admin.create_key(&organization, &key).await?.require(201)?;
-        let api = stack.client(0)?.with_token(key.text("/key"));
-        Ok(Self { api, organization })
+        let key = admin.create_key(&organization, &key).await?.require(201)?.text("/key").to_owned();
+        let api = stack.client(0)?.with_token(&key);
+        Ok(Self { api, organization, key })
     }
 
     /// A webhook connection, with one subscription to events of this type.
     pub(super) async fn receive(&self, url: &str, event_type: &str) -> Result<()> {
-        let hook = self.api.create_webhook(event_type, url).await?.require(201)?;
+        let hook = self.api.create_webhook(&format!("{event_type} at {url}"), url).await?.require(201)?;
         self.subscribe(hook.id(), event_type).await
     }
 

@@ -197,9 +197,10 @@ pub async fn recall(
 pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due>, StoreError> {
     const OPERATION: &str = "take due deliveries";
     let rows = sqlx::query(
-        "WITH due AS (
+        concat!(
+            "WITH due AS (
              SELECT delivery_id FROM delivery_states
-             WHERE state = 'waiting' AND greatest(due_at, lease_until) <= now()
+             WHERE state = 'waiting' AND greatest(due_at, lease_until) <= now() AND ", unhurried!(), "
              ORDER BY greatest(due_at, lease_until)
              LIMIT $1
              FOR UPDATE SKIP LOCKED
@@ -212,7 +213,8 @@ pub async fn take_due(pool: &PgPool, limit: u32, lease_s: u64) -> Result<Vec<Due
          SELECT t.*, (SELECT e.expunged_at IS NOT NULL FROM events e WHERE e.uid = t.event_uid) AS expunged,
                 (SELECT e.body FROM events e WHERE e.uid = t.event_uid AND octet_length(e.body) <= $3) AS body,
                 (SELECT o.lane FROM organizations o WHERE o.id = t.organization_id) AS lane
-         FROM taken t ORDER BY t.due_at, t.delivery_id",
+         FROM taken t ORDER BY t.due_at, t.delivery_id"
+        ),
     )
     .bind(i64::from(limit))
     .bind(seconds(lease_s))
@@ -257,20 +259,22 @@ pub(crate) fn progress(row: &PgRow) -> Result<Progress, sqlx::Error> {
 
 /// Notes that due deliveries are back in the queue, unless something happened to them meanwhile.
 pub async fn returned(pool: &PgPool, back: &[(DeliveryId, i64)]) -> Result<(), StoreError> {
-    sqlx::query(
+    sqlx::query(concat!(
         "WITH back AS (
              SELECT p.delivery_id
              FROM delivery_states p
              JOIN UNNEST($1::uuid[], $2::int8[]) AS b (delivery_id, turn)
                ON p.delivery_id = b.delivery_id AND p.turn = b.turn
-             WHERE p.state = 'waiting'
+             WHERE p.state = 'waiting' AND ",
+        unhurried!(),
+        "
              ORDER BY p.delivery_id
              FOR UPDATE OF p
          )
          UPDATE delivery_states p
          SET state = 'queued', due_at = NULL, lease_until = '-infinity', changed_at = now()
-         FROM back WHERE p.delivery_id = back.delivery_id",
-    )
+         FROM back WHERE p.delivery_id = back.delivery_id"
+    ))
     .bind(back.iter().map(|(id, _)| id.0).collect::<Vec<_>>())
     .bind(back.iter().map(|(_, turn)| *turn).collect::<Vec<_>>())
     .execute(pool)

@@ -3,6 +3,15 @@
 //! "Due" and "expired" are always the database's time (`now()` in SQL), never a process's: the
 //! clocks of two machines may disagree, and only the database's is shared.
 
+/// A condition that is always true, and lets the statement's commit return before it is on disk
+/// (`synchronous_commit`). For marks whose loss in a crash of the database repeats a step that the queue recognises; a
+/// commit that waits for the disk slows down every other one.
+macro_rules! unhurried {
+    () => {
+        "(SELECT set_config('synchronous_commit', 'off', true)) = 'off'"
+    };
+}
+
 mod agenda;
 mod archive;
 pub mod audit;
