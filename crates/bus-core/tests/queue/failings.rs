@@ -117,7 +117,7 @@ pub(crate) async fn second_worker_takes_live_work(kind: Kind) {
 pub(crate) async fn more_claimed_than_asked(kind: Kind) {
     let fixture = Fixture::new(kind).await;
     fixture.put_each(60).await;
-    assert_eq!(pull(&fixture.queue, 7).await.len(), 7);
+    assert_eq!(pull_all(&fixture.queue, 7).await.len(), 7);
     let pulls = [3usize, 5, 11].map(|max| {
         let queue = fixture.queue.clone();
         async move { (max, pull(&queue, max).await.len()) }
@@ -193,7 +193,8 @@ async fn matched(fixture: &Fixture) -> bus_core::queue::Enqueue {
             [key.organization.0; 3],
         ),
         (
-            "INSERT INTO connections (id, organization_id, name, kind) VALUES ($1, $2, $1::text, 'publisher')",
+            "INSERT INTO connections (id, organization_id, name, kind) VALUES ($1, $2, $1::text, 'publisher')
+             ON CONFLICT DO NOTHING",
             [key.connection.0, key.organization.0, key.connection.0],
         ),
         (
