@@ -96,6 +96,17 @@ pub async fn hold_broker(pool: &PgPool, broker: &Broker, lease: Duration) -> Res
     Ok(())
 }
 
+/// Gives the task up, for whoever meets the broker next.
+pub async fn leave_broker(pool: &PgPool, broker: &Broker) -> Result<(), StoreError> {
+    sqlx::query("UPDATE brokers SET lease_until = now() WHERE server = $1 AND stream = $2")
+        .bind(&broker.server)
+        .bind(&broker.stream)
+        .execute(pool)
+        .await
+        .during("leave a broker's reconciliation")?;
+    Ok(())
+}
+
 /// Notes that a broker was compared with history, down to the end.
 pub async fn broker_is_reconciled(pool: &PgPool, broker: &Broker) -> Result<(), StoreError> {
     sqlx::query("UPDATE brokers SET reconciled_at = now() WHERE server = $1 AND stream = $2")
