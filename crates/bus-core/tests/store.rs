@@ -66,10 +66,10 @@ async fn i1_a_new_broker_is_for_one_publisher_to_compare_and_for_the_next_one_wh
     let held = [a.unwrap(), b.unwrap()];
     assert_eq!(held.iter().flatten().count(), 1);
     assert!(held.iter().flatten().all(|new| !new.stream_is_new));
-    pg::leave_broker(&pool, &new).await.unwrap();
+    pg::hold_broker(&pool, &new, Duration::ZERO).await.unwrap();
     assert!(pg::meet_broker(&pool, &new, LEASE).await.unwrap().is_some(), "nobody waits for the lease");
     pg::broker_is_reconciled(&pool, &new).await.unwrap();
-    pg::leave_broker(&pool, &new).await.unwrap();
+    pg::hold_broker(&pool, &new, Duration::ZERO).await.unwrap();
     assert!(pg::meet_broker(&pool, &new, LEASE).await.unwrap().is_none());
     end(database, pool).await;
 }

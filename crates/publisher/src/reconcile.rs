@@ -78,8 +78,8 @@ impl Reconciling {
         let found = match self.reconcile(nats, &broker, since).await {
             Ok(found) => found,
             Err(failed) => {
-                let left = pg::answered("leave a broker", pg::leave_broker(&self.pool, &broker)).await;
-                if let Err(failed) = left {
+                let left = pg::hold_broker(&self.pool, &broker, Duration::ZERO);
+                if let Err(failed) = pg::answered("leave a broker", left).await {
                     debug!(error = %Chain(&failed), "The broker is compared again when the lease is over");
                 }
                 return Err(failed.into());

@@ -82,7 +82,7 @@ pub async fn meet_broker(
     new.transpose().during(OPERATION)
 }
 
-/// Holds the task for `lease` more.
+/// Holds the task for `lease` more; none gives it up, for whoever meets the broker next.
 pub async fn hold_broker(pool: &PgPool, broker: &Broker, lease: Duration) -> Result<(), StoreError> {
     sqlx::query(
         "UPDATE brokers SET lease_until = now() + make_interval(secs => $3) WHERE server = $1 AND stream = $2",
@@ -93,17 +93,6 @@ pub async fn hold_broker(pool: &PgPool, broker: &Broker, lease: Duration) -> Res
     .execute(pool)
     .await
     .during("hold on to a broker's reconciliation")?;
-    Ok(())
-}
-
-/// Gives the task up, for whoever meets the broker next.
-pub async fn leave_broker(pool: &PgPool, broker: &Broker) -> Result<(), StoreError> {
-    sqlx::query("UPDATE brokers SET lease_until = now() WHERE server = $1 AND stream = $2")
-        .bind(&broker.server)
-        .bind(&broker.stream)
-        .execute(pool)
-        .await
-        .during("leave a broker's reconciliation")?;
     Ok(())
 }
 
