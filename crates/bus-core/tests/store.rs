@@ -7,7 +7,7 @@ use bus_core::{
     ids::{
         ConnectionId, DeliveryId, EventUid, Ids as _, OrganizationId, OutboxId, SubscriptionId, SystemIds,
     },
-    pg::{self, Claim, LastAttempt, Park, Recalled, StoreError, UniqueKey},
+    pg::{self, Broker, Claim, LastAttempt, Park, Recalled, StoreError, UniqueKey},
     queue::Body,
 };
 use bytes::Bytes;
@@ -51,6 +51,26 @@ async fn i1_an_unfinished_fan_out_is_taken_over_once_its_lease_ends_and_by_one()
     assert_eq!(pg::sweep_outbox(&pool, Duration::from_secs(600), 100).await.unwrap(), 0);
     assert_eq!(pg::sweep_outbox(&pool, Duration::ZERO, 100).await.unwrap(), 2);
     drop(connection);
+    end(database, pool).await;
+}
+
+#[tokio::test]
+async fn i1_a_new_broker_is_for_one_publisher_to_compare_and_for_the_next_one_when_that_one_failed() {
+    const LEASE: Duration = Duration::from_secs(600);
+    let (database, pool) = database().await;
+    let broker = |server: &str| Broker { server: server.to_owned(), stream: "created".to_owned() };
+    let first = pg::meet_broker(&pool, &broker("first"), LEASE).await.unwrap();
+    assert!(first.is_none(), "it has no predecessor");
+    let new = broker("new");
+    let (a, b) = tokio::join!(pg::meet_broker(&pool, &new, LEASE), pg::meet_broker(&pool, &new, LEASE));
+    let held = [a.unwrap(), b.unwrap()];
+    assert_eq!(held.iter().flatten().count(), 1);
+    assert!(held.iter().flatten().all(|new| !new.stream_is_new));
+    pg::hold_broker(&pool, &new, Duration::ZERO).await.unwrap();
+    assert!(pg::meet_broker(&pool, &new, LEASE).await.unwrap().is_some(), "nobody waits for the lease");
+    pg::broker_is_reconciled(&pool, &new).await.unwrap();
+    pg::hold_broker(&pool, &new, Duration::ZERO).await.unwrap();
+    assert!(pg::meet_broker(&pool, &new, LEASE).await.unwrap().is_none());
     end(database, pool).await;
 }
 

@@ -15,7 +15,7 @@ use jiff::{SignedDuration, Timestamp};
 use metrics::counter;
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 /// Between two looks at which broker is there, besides those after each new connection.
 pub(crate) const LOOK: Duration = Duration::from_secs(15);
@@ -75,7 +75,16 @@ impl Reconciling {
         }
         let since = self.since(&new);
         info!(broker.server, broker.stream, %since, "A broker that was not met before is compared with history");
-        let found = self.reconcile(nats, &broker, since).await?;
+        let found = match self.reconcile(nats, &broker, since).await {
+            Ok(found) => found,
+            Err(failed) => {
+                let left = pg::hold_broker(&self.pool, &broker, Duration::ZERO);
+                if let Err(failed) = pg::answered("leave a broker", left).await {
+                    debug!(error = %Chain(&failed), "The broker is compared again when the lease is over");
+                }
+                return Err(failed.into());
+            }
+        };
         pg::answered("note that a broker is reconciled", pg::broker_is_reconciled(&self.pool, &broker))
             .await?;
         counter!("bus_reconciled_deliveries").increment(found.put_back);

@@ -82,7 +82,7 @@ pub async fn meet_broker(
     new.transpose().during(OPERATION)
 }
 
-/// Holds the task for `lease` more.
+/// Holds the task for `lease` more; none gives it up, for whoever meets the broker next.
 pub async fn hold_broker(pool: &PgPool, broker: &Broker, lease: Duration) -> Result<(), StoreError> {
     sqlx::query(
         "UPDATE brokers SET lease_until = now() + make_interval(secs => $3) WHERE server = $1 AND stream = $2",

@@ -7,6 +7,7 @@
 mod cases;
 mod failings;
 mod fixture;
+mod hostile;
 mod jetstream_only;
 mod packs;
 

@@ -345,6 +345,11 @@ impl JetStreamQueue {
         let mut headers = HeaderMap::new();
         headers.insert("Bus-Reason", problem);
         headers.insert("Bus-Subject", message.subject.as_str());
+        if let Ok(info) = message.info() {
+            // Whoever is too slow to answer for it does the same once more.
+            let id = format!("malformed:{}:{}", info.stream_sequence, info.published.unix_timestamp_nanos());
+            headers.insert(MESSAGE_ID, id);
+        }
         let subject = self.nats.names.malformed();
         let moved = self.publish(subject, headers, message.payload.clone(), "dead-letter").await;
         if let Err(failed) = moved {
