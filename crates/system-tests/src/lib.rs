@@ -145,15 +145,39 @@ impl Load {
     }
 }
 
+/// How often each event has arrived at a path, kept while requests come.
+///
+/// Each look reads only what came since the one before: a test and its receiver share a thread, and who reads
+/// thousands of requests again at each look keeps the receiver from answering until they time out.
+#[derive(Debug)]
+struct Arrivals<'a> {
+    receiver: &'a Receiver,
+    path: &'a str,
+    seen: usize,
+    times: BTreeMap<String, usize>,
+}
+
+impl<'a> Arrivals<'a> {
+    fn new(receiver: &'a Receiver, path: &'a str) -> Self {
+        Self { receiver, path, seen: 0, times: BTreeMap::new() }
+    }
+
+    fn look(&mut self) -> &BTreeMap<String, usize> {
+        for request in self.receiver.received_after(self.path, self.seen) {
+            let body: Value = request.json();
+            let id = body["id"].as_str().unwrap_or_default().to_owned();
+            *self.times.entry(id).or_insert(0) += 1;
+            self.seen += 1;
+        }
+        &self.times
+    }
+}
+
 /// How often each event arrived at a path.
 pub fn arrivals(receiver: &Receiver, path: &str) -> BTreeMap<String, usize> {
-    let mut arrived = BTreeMap::new();
-    for request in receiver.received(path) {
-        let body: Value = request.json();
-        let id = body["id"].as_str().unwrap_or_default().to_owned();
-        *arrived.entry(id).or_insert(0) += 1;
-    }
-    arrived
+    let mut arrivals = Arrivals::new(receiver, path);
+    arrivals.look();
+    arrivals.times
 }
 
 /// Waits until every accepted event has arrived at every path, and gives the number of repeated arrivals.
@@ -161,17 +185,19 @@ pub fn arrivals(receiver: &Receiver, path: &str) -> BTreeMap<String, usize> {
 /// # Panics
 /// After [`ARRIVAL`], with the number that is missing at each path.
 pub async fn all_arrived(receiver: &Receiver, paths: &[&str], accepted: &BTreeSet<String>) -> usize {
-    wait_until("every accepted event at every subscriber", ARRIVAL, || async {
-        let missing: BTreeMap<&str, usize> = paths
-            .iter()
+    let mut arrivals: Vec<Arrivals<'_>> = paths.iter().map(|path| Arrivals::new(receiver, path)).collect();
+    wait_until("every accepted event at every subscriber", ARRIVAL, || {
+        let missing: BTreeMap<&str, usize> = arrivals
+            .iter_mut()
             .map(|path| {
-                let arrived = arrivals(receiver, path);
-                (*path, accepted.iter().filter(|id| !arrived.contains_key(*id)).count())
+                let arrived = path.look();
+                let missing = accepted.iter().filter(|id| !arrived.contains_key(*id)).count();
+                (path.path, missing)
             })
             .filter(|(_, missing)| *missing > 0)
             .collect();
-        if missing.is_empty() { Ok(()) } else { Err(missing) }
+        std::future::ready(if missing.is_empty() { Ok(()) } else { Err(missing) })
     })
     .await;
-    paths.iter().map(|path| arrivals(receiver, path).values().map(|n| n - 1).sum::<usize>()).sum()
+    arrivals.iter().flat_map(|path| path.times.values()).map(|n| n - 1).sum()
 }

@@ -168,8 +168,18 @@ impl Receiver {
     /// The requests of a path, oldest first.
     #[must_use]
     pub fn received(&self, path: &str) -> Vec<Received> {
+        self.received_after(path, 0)
+    }
+
+    /// The requests of a path beyond its first `n`, oldest first: for who looks again and again while many
+    /// come.
+    #[must_use]
+    pub fn received_after(&self, path: &str, n: usize) -> Vec<Received> {
         let state = self.shared.lock();
-        state.paths.get(path).map_or_else(Vec::new, |state| state.received.iter().cloned().collect())
+        state.paths.get(path).map_or_else(Vec::new, |state| {
+            let forgotten = state.count - state.received.len();
+            state.received.iter().skip(n.saturating_sub(forgotten)).cloned().collect()
+        })
     }
 
     /// The requests of a path once there are at least `n`.
