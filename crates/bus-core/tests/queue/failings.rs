@@ -198,7 +198,8 @@ async fn matched(fixture: &Fixture) -> bus_core::queue::Enqueue {
             [key.connection.0, key.organization.0, key.connection.0],
         ),
         (
-            "INSERT INTO subscriptions (id, organization_id, connection_id, event_type) VALUES ($1, $2, $3, 'test')",
+            // Of one connection no two may be for the same.
+            "INSERT INTO subscriptions (id, organization_id, connection_id, event_type) VALUES ($1, $2, $3, $1::text)",
             [key.subscription.0, key.organization.0, key.connection.0],
         ),
         (
