@@ -136,7 +136,9 @@ impl ClosedDeliveries {
         if deliveries.is_empty() {
             return Ok(HashMap::new());
         }
-        timeout(ASK, pg::standings(&self.pool, deliveries)).await.unwrap_or_else(|_| Err(too_slow()))
+        // Boxed, since it is rare: see `delivery`.
+        let asked = timeout(ASK, Box::pin(pg::standings(&self.pool, deliveries))).await;
+        asked.unwrap_or_else(|_| Err(too_slow()))
     }
 
     /// Follows what hints say. Never ends.

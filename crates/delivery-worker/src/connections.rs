@@ -73,7 +73,8 @@ impl Connections {
         if let Some(kept) = kept.as_ref().filter(|kept| self.is_fresh(kept, key)) {
             return Ok(kept.receiver.clone());
         }
-        match self.read(key).await {
+        // Boxed, since it is rare: see `delivery`.
+        match Box::pin(self.read(key)).await {
             Ok(receiver) => Ok(receiver),
             Err(failed) => match kept {
                 Some(kept) if failed.is_unavailable() && kept.is_current(key) => {

@@ -1,6 +1,9 @@
 //! One delivery from the lease to its end: attempt, then acknowledge, postpone, park or dead-letter.
+//!
+//! What a delivery that succeeds does not come to is boxed: its task would else have room for all of it, which is made and
+//! copied for each delivery.
 
-use std::{borrow::Cow, sync::Arc, time::Duration};
+use std::{borrow::Cow, pin::pin, sync::Arc, time::Duration};
 
 use bus_core::{
     clock::Clock,
@@ -169,7 +172,8 @@ impl Deliverer {
     /// for one, and holds it meanwhile. At a stop it is left to the queue.
     pub(crate) async fn deliver_when_free(&self, mut leased: Leased, slots: &Slots) {
         let hold = Hold::new(leased.key, leased.lease, self.parts.lease);
-        let slot = held_during(&[&hold], self.parts.stop.run_until_cancelled(slots.acquire())).await;
+        let slot = pin!(self.parts.stop.run_until_cancelled(slots.acquire()));
+        let slot = held_during(&[&hold], slot).await;
         let Some(slot) = slot else { return hold.put_back(HANDED_OVER).await };
         leased.lease = hold.into_lease();
         self.deliver(leased, slot).await;
@@ -189,10 +193,10 @@ impl Deliverer {
                 reason: "the queue has no room for deliveries that wait".to_owned(),
                 last: LastAttempt::default(),
             };
-            return self.parking.park(park, hold, "queue_full", slot).await;
+            return Box::pin(self.parking.park(park, hold, "queue_full", slot)).await;
         }
         if let Some(home) = self.parts.homes.elsewhere(key.organization, lane).await {
-            match self.moved(home, &hold, progress, handed_out, &body).await {
+            match Box::pin(self.moved(home, &hold, progress, handed_out, &body)).await {
                 Moved::Yes => return hold.ack().await,
                 Moved::Perhaps => return hold.put_back(MOVED_AGAIN).await,
                 Moved::No => {}
@@ -212,7 +216,7 @@ impl Deliverer {
                     Body::Inline(body) => body,
                     Body::Stored => Bytes::new(),
                 };
-                self.give_up(hold, DeadLetter::new(key, progress, reason), body).await;
+                Box::pin(self.give_up(hold, DeadLetter::new(key, progress, reason), body)).await;
                 return;
             }
             None => return hold.put_back(HANDED_OVER).await,
@@ -251,7 +255,8 @@ impl Deliverer {
         }
         let next = progress.next(progress.attempts);
         let delivery = Enqueue { key, progress: next, lane: Some(lane), body: body.clone() };
-        let entered = held_during(&[hold], self.parts.queue.enqueue(std::slice::from_ref(&delivery))).await;
+        let entering = pin!(self.parts.queue.enqueue(std::slice::from_ref(&delivery)));
+        let entered = held_during(&[hold], entering).await;
         match entered {
             Ok(()) => {
                 counter!("bus_deliveries_moved").increment(1);
@@ -283,11 +288,11 @@ impl Deliverer {
         };
         let place = {
             let holds: Vec<&Hold> = in_hand.iter().map(|one| &one.hold).collect();
-            held_during(&holds, self.admission.admit(request)).await
+            held_during(&holds, pin!(self.admission.admit(request))).await
         };
         let place = match place {
             Ok(place) => place,
-            Err(refusal) => return self.park_all(in_hand, refusal).await,
+            Err(refusal) => return Box::pin(self.park_all(in_hand, refusal)).await,
         };
         let turn = |one: &InHand| Turn {
             key: one.hold.key,
@@ -352,7 +357,7 @@ impl Deliverer {
         }
         let body = match body {
             Body::Inline(body) => Ok(body.clone()),
-            Body::Stored => self.bodies.get(key.event).await?,
+            Body::Stored => Box::pin(self.bodies.get(key.event)).await?,
         };
         Ok(body.map(|body| (receiver, body)))
     }
@@ -361,7 +366,7 @@ impl Deliverer {
     async fn attempt(&self, receiver: &Receiver, parcel: Parcel<'_>, in_hand: Vec<InHand>, mut place: Place) {
         let at = self.parts.clock.now();
         let holds: Vec<&Hold> = in_hand.iter().map(|one| &one.hold).collect();
-        let attempt = self.parts.webhooks.attempt(&receiver.connection, parcel, at);
+        let attempt = pin!(self.parts.webhooks.attempt(&receiver.connection, parcel, at));
         let reports = held_during(&holds, attempt).await;
         if let Some(report) = reports.first() {
             histogram!("bus_attempt_duration_seconds").record(report.duration.as_secs_f64());
@@ -423,19 +428,20 @@ impl Deliverer {
                 let waits = wait <= self.parts.queue.longest_wait() && hold.postpone(next, wait).await;
                 if !waits {
                     let park = Park { key, next, wait, paced: false, reason, last: last() };
-                    self.parking.park(park, hold, "retry", ()).await;
+                    Box::pin(self.parking.park(park, hold, "retry", ())).await;
                 }
                 return followed_by;
             }
             Verdict::Dead { reason, attempts } => (attempts, reason),
             Verdict::Gone { attempts } => {
-                self.disable(receiver, &hold).await;
+                Box::pin(self.disable(receiver, &hold)).await;
                 (attempts, DeadReason::EndpointGone)
             }
         };
         let dead =
             DeadLetter { last: last(), ..DeadLetter::new(key, Progress { attempts, ..progress }, reason) };
-        if self.give_up(hold, dead, delivery.body.clone()).await { ReceiptOutcome::Dead } else { followed_by }
+        let given_up = Box::pin(self.give_up(hold, dead, delivery.body.clone())).await;
+        if given_up { ReceiptOutcome::Dead } else { followed_by }
     }
 
     /// Since the delivery's lifetime began. The clock of whoever began it may be ahead of ours.

@@ -1,6 +1,6 @@
 //! Parks what is to wait in the database, as many at once as have gathered: long retries, and what finds no room.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use bus_core::{
     notify::{DUE_IDLE, Hint, Notifier},
@@ -76,11 +76,11 @@ impl Parking {
         let (wait, hold) = (park.wait, Arc::new(hold));
         let (done, parked) = oneshot::channel();
         let item = Item { park, hold: Arc::clone(&hold), done };
-        let handed_over = async {
+        let handed_over = pin!(async {
             let taken = self.0.send(item).await.is_ok();
             drop(until_taken);
             taken && parked.await.is_ok()
-        };
+        });
         let parked = held_during(&[&*hold], handed_over).await;
         // The other reference went before the answer came.
         let Some(hold) = Arc::into_inner(hold) else { return };

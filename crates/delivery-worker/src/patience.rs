@@ -1,7 +1,12 @@
 //! What a worker does while the database or the broker is needed and away: it holds what it has in hand and
 //! waits. Putting it back instead would send it round and round, for as long as the outage lasts.
 
-use std::{error::Error, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use bus_core::{
     launcher::BoxError,
@@ -39,7 +44,8 @@ impl Patience {
         // One of a batch stands for all.
         let first = holds.first().map(|hold| tracing::field::display(hold.key.id));
         loop {
-            match held_during(holds, pg::answered("bring a delivery on", attempt())).await {
+            let answered = pin!(pg::answered("bring a delivery on", attempt()));
+            match held_during(holds, answered).await {
                 Ok(done) => {
                     if said {
                         info!(delivery.id = first, "The delivery goes on");
@@ -79,8 +85,9 @@ fn passes(error: &(dyn Error + 'static)) -> bool {
 
 /// Extends the holds while `work` is under way: neither a slow database nor a slow subscriber, as long as it
 /// stays below its deadline, lets them end.
-pub(crate) async fn held_during<T>(holds: &[&Hold], work: impl Future<Output = T>) -> T {
-    tokio::pin!(work);
+///
+/// The work is the caller's, pinned: given as a value it would be kept twice, and copied for every delivery.
+pub(crate) async fn held_during<F: Future>(holds: &[&Hold], mut work: Pin<&mut F>) -> F::Output {
     loop {
         match tokio::time::timeout(AGAIN, &mut work).await {
             Ok(done) => return done,

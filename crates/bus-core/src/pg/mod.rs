@@ -40,6 +40,7 @@ mod usage;
 
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use jiff::Timestamp;
 use sqlx::{
     Connection as _, PgConnection, PgPool, Postgres, Transaction,
@@ -161,12 +162,13 @@ const ANSWER: Duration = Duration::from_secs(45);
 
 /// One turn of a loop that works with the database. A network that swallows an answer would else keep the loop for ever:
 /// the driver waits as long as the connection seems to be there.
-pub async fn answered<T, E: From<StoreError>>(
+pub fn answered<T, E: From<StoreError>>(
     operation: &'static str,
     turn: impl Future<Output = Result<T, E>>,
-) -> Result<T, E> {
-    let answered = tokio::time::timeout(ANSWER, turn).await;
-    answered.unwrap_or_else(|_| Err(StoreError::TimedOut { operation }.into()))
+) -> impl Future<Output = Result<T, E>> {
+    // An `async fn` would keep `turn` twice: as it was given, and as it is waited for.
+    let answered = tokio::time::timeout(ANSWER, turn);
+    answered.map(move |answered| answered.unwrap_or_else(|_| Err(StoreError::TimedOut { operation }.into())))
 }
 
 /// Adds the operation's name to an error of sqlx.
