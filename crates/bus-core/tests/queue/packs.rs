@@ -104,6 +104,31 @@ async fn i3_what_a_worker_had_finished_when_it_died_comes_again_with_its_pack_an
     fixture.end().await;
 }
 
+/// One of it may be what takes the workers down.
+#[tokio::test]
+async fn i4_a_pack_that_nobody_finishes_is_taken_apart() {
+    let fixture = Fixture::new(Kind::JetStreamPacked).await;
+    let pack = one_pack(&fixture).await;
+    let (expected, left) = (leased_ids(&pack), pack[2].progress);
+    // Who has one of it in hand alone, when the worker that had the pack is gone.
+    pack[2].lease.put_back(Duration::ZERO).await.unwrap();
+    drop(pack);
+    fixture.pass(LEASE).await;
+    let again = pull_all(&fixture.other_worker, PACK).await;
+    assert!(again.iter().any(|one| one.handed_out == 2), "{again:?}");
+    drop(again);
+    fixture.pass(LEASE).await;
+    let alone = pull_all(&fixture.other_worker, PACK).await;
+    assert_eq!((alone.len(), leased_ids(&alone)), (PACK, expected));
+    assert!(alone.iter().all(|one| one.progress == left && one.handed_out < 3), "{alone:?}");
+    messages_become(&fixture, PACK as u64).await;
+    for (left, one) in (0..PACK as u64).rev().zip(&alone) {
+        one.lease.ack().await.unwrap();
+        messages_become(&fixture, left).await;
+    }
+    fixture.end().await;
+}
+
 #[tokio::test]
 async fn i1_what_is_in_a_pack_is_known_to_be_in_the_queue() {
     let fixture = Fixture::new(Kind::JetStreamPacked).await;

@@ -21,7 +21,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{
     StreamExt as _, TryStreamExt as _,
-    future::join_all,
+    future::{join_all, try_join_all},
     stream::{self, BoxStream, FuturesUnordered},
 };
 use tokio::{sync::Mutex, time::Instant};
@@ -29,7 +29,7 @@ use tracing::{error, warn};
 
 use self::{
     lease::{Held, MessageLease},
-    message::{ATTEMPTS, EVENT, MESSAGE_ID, Read, SUBSCRIPTION},
+    message::{ATTEMPTS, Content, EVENT, MESSAGE_ID, Read, SUBSCRIPTION},
     pack::Limits,
 };
 use super::{Body, DeliveryQueue, Enqueue, Leased, QueueError};
@@ -58,6 +58,9 @@ const WAITING_SHARE: usize = 2;
 
 /// A hold that was extended this part of `ack_wait` ago is not extended again: those of a message all ask for it.
 const EXTENDED: u32 = 20;
+
+/// A pack that is handed out this often is taken apart. One that is handed out again has been repeated already.
+const TAKEN_APART: u32 = 3;
 
 /// How old the count of the window may be.
 const COUNTED: Duration = Duration::from_millis(250);
@@ -322,8 +325,12 @@ impl JetStreamQueue {
             }
             return Vec::new();
         }
-        lane.note(contents.len());
         let packed = contents.len() > 1;
+        if packed && handed_out >= TAKEN_APART {
+            self.take_apart(&message, &contents).await;
+            return Vec::new();
+        }
+        lane.note(contents.len());
         let ack_wait = Duration::from_millis(self.nats.config.ack_wait_ms);
         let held = Held::new(message, self.clone(), contents.len(), ack_wait / EXTENDED);
         let leased = contents.into_iter().enumerate().map(|(place, content)| Leased {
@@ -336,6 +343,28 @@ impl JetStreamQueue {
             lease: Box::new(MessageLease { held: Arc::clone(&held), place, packed, content }),
         });
         leased.collect()
+    }
+
+    /// Puts the deliveries of a pack in alone: one of them may take down whoever holds it, and the others with it. If that
+    /// fails, the pack comes again after `ack_wait`, and those that went in are recognised.
+    async fn take_apart(&self, message: &Message, contents: &[Content]) {
+        const OPERATION: &str = "take a pack apart";
+        let entered = contents.iter().map(|Content { key, progress, body }| async move {
+            let alone = message::alone(key, *progress, body, Duration::ZERO);
+            let ack = self.nats.jetstream.send_publish(message.subject.to_string(), alone).await;
+            ack.during(OPERATION)?.await.during(OPERATION)
+        });
+        let taken = match try_join_all(entered).await {
+            Ok(_) => message.ack_with(AckKind::Ack).await.during(OPERATION),
+            Err(failed) => Err(failed),
+        };
+        match taken {
+            Ok(()) => {
+                let (deliveries, subject) = (contents.len(), &message.subject);
+                warn!(deliveries, %subject, "A pack that was handed out again and again is taken apart");
+            }
+            Err(failed) => warn!(error = %Chain(&failed), "A pack is not taken apart yet"),
+        }
     }
 
     /// Moves a message that cannot be read to the dead-letter stream. If that fails it stays and comes again
