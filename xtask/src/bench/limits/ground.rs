@@ -19,6 +19,7 @@ use devkit::{
 };
 use sqlx::PgPool;
 
+use super::report::Figure;
 use crate::bench::{
     cost::{self, RECEIVER, Reading, each},
     load::{self, Pace, Plan},
@@ -53,7 +54,7 @@ pub(super) struct Run {
     pub(super) accepted: Duration,
     /// From the first request to the last delivery.
     pub(super) delivered: Duration,
-    cost: Cost,
+    pub(super) cost: Cost,
 }
 
 impl Run {
@@ -64,31 +65,36 @@ impl Run {
     pub(super) fn delivered_per_s(&self) -> f64 {
         self.events as f64 / self.delivered.as_secs_f64()
     }
-
-    /// Processor time of the publisher, µs for each event.
-    pub(super) fn publisher_us(&self) -> f64 {
-        self.cost.of(Role::Publisher.binary())
-    }
-
-    /// Processor time of the whole bus with its servers, µs for each event.
-    pub(super) fn bus_us(&self) -> f64 {
-        self.cost.bus()
-    }
 }
 
 /// Processor time by process, µs for each delivery.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Cost(Vec<(&'static str, f64)>);
 
 impl Cost {
-    fn of(&self, process: &str) -> f64 {
+    pub(super) fn of(&self, process: &str) -> f64 {
         self.0.iter().filter(|(name, _)| *name == process).map(|(_, us)| us).sum()
     }
 
-    /// All but the receiver's.
-    pub(super) fn bus(&self) -> f64 {
-        self.0.iter().filter(|(name, _)| *name != RECEIVER).map(|(_, us)| us).sum()
+    /// Those that it is told of, without the receiver.
+    fn processes(&self) -> impl Iterator<Item = &'static str> {
+        self.0.iter().map(|(name, _)| *name).filter(|name| *name != RECEIVER)
     }
+
+    /// All of them together.
+    pub(super) fn bus(&self) -> f64 {
+        self.processes().map(|name| self.of(name)).sum()
+    }
+}
+
+/// Which of the processes it is that costs so much.
+pub(super) fn by_process(case: &str, costs: &[Cost]) -> Vec<Figure> {
+    let processes = costs.first().into_iter().flat_map(Cost::processes);
+    let figure = |process| {
+        let us = costs.iter().map(|cost| cost.of(process)).collect();
+        Figure::new(format!("{process}'s µs a delivery, {case}"), us)
+    };
+    processes.map(figure).collect()
 }
 
 /// What a drain of the queue was like between two of its deliveries.

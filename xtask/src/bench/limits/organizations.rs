@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{
     Limits,
-    ground::{EVENT, Ground, Load, Run},
+    ground::{EVENT, Ground, Load, Run, by_process},
     report::{Bound, Figure},
 };
 use crate::{bench::scene::Tenant, ui::Step};
@@ -88,10 +88,10 @@ pub(super) async fn measure(limits: &Limits, bin_dir: PathBuf) -> Result<Vec<Fig
     ground.end().await?;
 
     let rates = |runs: &[Run]| runs.iter().map(Run::delivered_per_s).collect::<Vec<_>>();
-    let costs = |runs: &[Run]| runs.iter().map(Run::bus_us).collect::<Vec<_>>();
+    let costs = |runs: &[Run]| runs.iter().map(|run| run.cost.bus()).collect::<Vec<_>>();
     let many = limits.organizations;
     let grown = |place: usize| after[place].saturating_sub(before[place]) as f64 / f64::from(many);
-    Ok(vec![
+    let mut figures = vec![
         Figure::new(format!("deliveries/s, {FEW} organizations"), rates(&on_few)),
         Figure::new(format!("deliveries/s, {many} organizations"), rates(&on_many)),
         Figure::ratio("deliveries/s, many ÷ few", &rates(&on_many), &rates(&on_few))
@@ -102,5 +102,9 @@ pub(super) async fn measure(limits: &Limits, bin_dir: PathBuf) -> Result<Vec<Fig
         Figure::new("deliveries/s, the first of each of the many", vec![first.delivered_per_s()]),
         Figure::new("publisher's memory, bytes an idle organization", vec![grown(0)]),
         Figure::new("worker's memory, bytes an idle organization", vec![grown(1)]),
-    ])
+    ];
+    let of = |runs: &[Run]| runs.iter().map(|run| run.cost.clone()).collect::<Vec<_>>();
+    figures.extend(by_process(&format!("{FEW} organizations"), &of(&on_few)));
+    figures.extend(by_process(&format!("{many} organizations"), &of(&on_many)));
+    Ok(figures)
 }

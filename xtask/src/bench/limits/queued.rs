@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::{
     Limits, WARM_UP,
-    ground::{BATCH, BATCHES, EVENT, Ground, Load, Stretch},
+    ground::{BATCH, BATCHES, EVENT, Ground, Load, Stretch, by_process},
     report::{Bound, Figure},
 };
 use crate::{bench::scene::Tenant, ui::Step};
@@ -48,7 +48,7 @@ pub(super) async fn measure(limits: &Limits, bin_dir: PathBuf) -> Result<Vec<Fig
     let costs = |of: &[Stretch]| of.iter().map(|stretch| stretch.cost.bus()).collect::<Vec<_>>();
     let rate = |what, other| Figure::ratio(what, &rates(&at_first), other).bound(Bound::AtLeast(LEAST_RATE));
     let cost = |what, other| Figure::ratio(what, &costs(&at_first), other).bound(Bound::AtMost(MOST_COST));
-    Ok(vec![
+    let mut figures = vec![
         Figure::new(format!("deliveries/s, {little} queued"), rates(&of_little)),
         Figure::new(format!("deliveries/s, first tenth of {much} queued"), rates(&at_first)),
         Figure::new(format!("deliveries/s, last tenth of {much} queued"), rates(&at_last)),
@@ -59,5 +59,9 @@ pub(super) async fn measure(limits: &Limits, bin_dir: PathBuf) -> Result<Vec<Fig
         Figure::new(format!("bus's µs a delivery, last tenth of {much} queued"), costs(&at_last)),
         cost("bus's µs, first tenth ÷ little queued", &costs(&of_little)),
         cost("bus's µs, first tenth ÷ last tenth", &costs(&at_last)),
-    ])
+    ];
+    let of = |stretches: &[Stretch]| stretches.iter().map(|stretch| stretch.cost.clone()).collect::<Vec<_>>();
+    figures.extend(by_process(&format!("first tenth of {much} queued"), &of(&at_first)));
+    figures.extend(by_process(&format!("last tenth of {much} queued"), &of(&at_last)));
+    Ok(figures)
 }

@@ -130,7 +130,8 @@ pub(super) async fn measure(limits: &Limits, bin_dir: PathBuf) -> Result<Vec<Fig
     ground.end().await?;
 
     let rates = |runs: &[Run]| runs.iter().map(Run::accepted_per_s).collect::<Vec<_>>();
-    let costs = |runs: &[Run]| runs.iter().map(Run::publisher_us).collect::<Vec<_>>();
+    let costs =
+        |runs: &[Run]| runs.iter().map(|run| run.cost.of(Role::Publisher.binary())).collect::<Vec<_>>();
     let many = limits.subscriptions;
     let [first, second, third] = since_change;
     Ok(vec![
