@@ -193,6 +193,8 @@ impl Ground {
         let plan = self.plan(load, tally.first(), Pace::Queueing)?;
         load::prepare(plan, Arc::clone(&tally)).await?.run().await?;
         poll("everything to be in the queue", DEADLINE, async || self.fanned_out().await).await?;
+        // Or else it would begin by itself, and what publishing has left behind would count as a cost of delivering.
+        sqlx::query("VACUUM (ANALYZE)").execute(&self.pool).await.context("vacuum what was published")?;
         write_what_is_dirty(&mut self.stack).await?;
 
         self.start(Role::DeliveryWorker).await?;
