@@ -3,14 +3,20 @@
 //! Absolute figures are one machine's. What counts is what must be zero, and ratios within one run.
 
 mod clock;
+mod cost;
 mod due;
 mod e2e;
 mod history;
 mod history_cost;
+mod limits;
+mod load;
 mod neighbours;
+mod receiver;
 mod scene;
 mod statistics;
+mod table;
 mod volume;
+mod work;
 
 use std::path::PathBuf;
 
@@ -44,6 +50,8 @@ enum What {
     History(history::History),
     /// What history costs the database, written in bulk and row by row
     HistoryCost(history_cost::HistoryCost),
+    /// What many subscriptions, organizations and queued deliveries cost, and what it costs to do nothing
+    Limits(limits::Limits),
     /// What endpoints that hang, and an organization that floods its lane, cost the others
     Neighbours(neighbours::Neighbours),
     /// A million events in one run: complete, and without growth
@@ -65,6 +73,11 @@ impl Bench {
             What::History(history) => history.run(binaries()?).await,
             // Postgres alone.
             What::HistoryCost(cost) => cost.run().await,
+            // Ratios, for which it is enough that this program is as slow each time; but it takes long.
+            What::Limits(_) if cfg!(debug_assertions) && !self.debug && self.bin_dir.is_none() => {
+                run_in_release()
+            }
+            What::Limits(limits) => limits.run(binaries()?).await,
             What::Neighbours(neighbours) => neighbours.run(binaries()?).await,
             What::Volume(volume) => volume.run(binaries()?).await,
         }

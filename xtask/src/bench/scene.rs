@@ -2,21 +2,26 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use devkit::{
     client::ApiClient,
+    poll,
     processes::Role,
     receiver::Receiver,
     servers::Durability,
     stack::{ServerChoice, Stack, StackOptions},
 };
 use serde_json::{Value, json};
+use sqlx::{Connection as _, PgConnection, PgPool};
 use tokio::task::JoinSet;
+use uuid::Uuid;
 
 use crate::ui::Step;
 
 /// Events of one request.
 const BATCH: usize = 500;
+/// How long history may take to have what was delivered.
+const SETTLED: Duration = Duration::from_secs(300);
 
 /// Starts servers that keep what they acknowledge, and one of each binary unless the options say otherwise.
 pub(super) async fn start(bin_dir: PathBuf, options: StackOptions) -> Result<Stack> {
@@ -26,6 +31,46 @@ pub(super) async fn start(bin_dir: PathBuf, options: StackOptions) -> Result<Sta
     let stack = Stack::start(options).await?;
     step.done();
     Ok(stack)
+}
+
+/// So that no run pays for what one before it has written.
+pub(super) async fn write_what_is_dirty(stack: &mut Stack) -> Result<()> {
+    let mut superuser = PgConnection::connect(&stack.postgres().superuser_url("postgres")).await?;
+    sqlx::query("CHECKPOINT").execute(&mut superuser).await.context("write what is dirty")?;
+    superuser.close().await?;
+    Ok(())
+}
+
+/// Waits until history has so many deliveries of events since then, and makes sure that none of them failed.
+pub(super) async fn settle(stack: &Stack, pool: &PgPool, since: Uuid, deliveries: usize) -> Result<()> {
+    let wanted = i64::try_from(deliveries)?;
+    let other = poll("history to have every delivery", SETTLED, async || {
+        let attempts: Result<(i64, i64), _> = sqlx::query_as(
+            "SELECT count(*) FILTER (WHERE outcome = 'delivered'), count(*) FILTER (WHERE outcome <> 'delivered')
+             FROM delivery_attempts WHERE event_uid >= $1",
+        )
+        .bind(since)
+        .fetch_one(pool)
+        .await;
+        match attempts {
+            Ok((delivered, other)) if delivered >= wanted => Ok(other),
+            Ok((delivered, _)) => Err(format!("{delivered} of {wanted}")),
+            Err(failed) => Err(failed.to_string()),
+        }
+    })
+    .await?;
+    ensure!(other == 0, "{other} attempts did not deliver");
+    poll("the queue to be empty", SETTLED, async || match stack.undelivered().await {
+        Ok(0) => Ok(()),
+        Ok(left) => Err(format!("{left} are left")),
+        Err(failed) => Err(format!("{failed:#}")),
+    })
+    .await?;
+    let dead: i64 = sqlx::query_scalar("SELECT count(*) FROM delivery_states WHERE state = 'dead'")
+        .fetch_one(pool)
+        .await?;
+    ensure!(dead == 0, "{dead} deliveries are dead");
+    Ok(())
 }
 
 /// An organization, and a key that may do everything in it.

@@ -1,13 +1,9 @@
 //! From the publish request to the receiver: how many deliveries a second, at which cost, and how fast, beside the bare parts
 //! without the bus.
 
-mod cost;
-mod load;
 mod parts;
-mod receiver;
 mod report;
 mod stand;
-mod work;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -15,12 +11,12 @@ use anyhow::{Result, ensure};
 use clap::Args;
 
 use self::{
-    receiver::Receiver,
     report::{CaseFigures, LatencyFigures, Report},
     stand::{Case, Stand},
 };
 use crate::{
     Backend,
+    bench::receiver::Receiver,
     ui::{self, FAINT, Step, paint},
 };
 

@@ -36,7 +36,7 @@ use tokio::{
 };
 use uuid::Uuid;
 
-use super::{cost::PARTS, load::write_payload, receiver::Tally, work::Work};
+use crate::bench::{cost::PARTS, load::write_payload, receiver::Tally, work::Work};
 
 const STREAM: &str = "bench_parts";
 const SUBJECT: &str = "bench.parts";

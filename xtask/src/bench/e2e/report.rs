@@ -5,13 +5,14 @@ use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    cost::{LOAD, NAMES, PARTS, RECEIVER},
-    stand::Run,
-};
+use super::stand::Run;
 use crate::{
-    bench::statistics::{median, quantile, spread},
-    ui::{self, STRONG, paint},
+    bench::{
+        cost::{LOAD, NAMES, PARTS, RECEIVER},
+        statistics::{median, quantile, spread},
+        table::{row, show_columns},
+    },
+    ui,
 };
 
 /// All figures of one call.
@@ -232,33 +233,10 @@ impl Report {
     }
 }
 
-fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
-    cells.map(str::to_owned).into()
-}
-
 /// ` ×1.05`: how many times the earlier figure this one is; nothing if there was none.
 fn beside(figure: f64, earlier: Option<f64>) -> String {
     let ratio = earlier.map(|earlier| figure / earlier).filter(|ratio| ratio.is_finite());
     ratio.map_or_else(String::new, |ratio| format!(" ×{ratio:.2}"))
-}
-
-/// Prints rows with their cells below each other; the first row is the heading.
-fn show_columns(rows: &[Vec<String>]) {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or_default()
-    };
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    ui::line("");
-    for (number, row) in rows.iter().enumerate() {
-        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| match column {
-            0 => format!("{cell:<width$}"),
-            _ => format!("{cell:>width$}"),
-        });
-        let line = cells.collect::<Vec<_>>().join("  ");
-        ui::line(if number == 0 { paint(STRONG, line) } else { line });
-    }
 }
 
 #[cfg(test)]

@@ -7,26 +7,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use bus_core::{
     clock::{Clock as _, SystemClock},
     ids::uuid_floor,
 };
 use clap::ValueEnum;
-use devkit::{
-    poll,
-    stack::{Backend, Stack, StackOptions},
-};
-use sqlx::{Connection as _, PgConnection, PgPool};
-use uuid::Uuid;
+use devkit::stack::{Backend, Stack, StackOptions};
+use sqlx::PgPool;
 
-use super::{
-    cost::{self, LOAD, PARTS, Reading},
+use super::parts::Place;
+use crate::bench::{
+    cost::{self, LOAD, PARTS, each},
     load::{self, Pace, Plan},
-    parts::Place,
-    receiver::{Receiver, Tally},
+    receiver::Receiver,
+    scene::{Tenant, settle, start, write_what_is_dirty},
 };
-use crate::bench::scene::{Tenant, start};
 
 /// Events of one request, in batches.
 const BATCH: usize = 500;
@@ -34,8 +30,6 @@ const BATCH: usize = 500;
 const BATCHES: usize = 4;
 /// Subscriptions that match an event of [`TEN`].
 const FAN_OUT: usize = 10;
-/// How long history may take to have what was delivered.
-const SETTLED: Duration = Duration::from_secs(300);
 
 /// The type of events that one subscription matches.
 const ONE: &str = "bench.one";
@@ -92,7 +86,7 @@ pub(super) struct Stand {
     pub(super) backend: Backend,
     stack: Stack,
     pool: PgPool,
-    key: String,
+    keys: Arc<[String]>,
     publisher: SocketAddr,
     parts: Option<Place>,
     /// Requests with single events under way at a time.
@@ -121,7 +115,7 @@ impl Stand {
         Ok(Self {
             backend,
             pool: stack.owner_pool().await?,
-            key: tenant.key,
+            keys: [tenant.key].into(),
             publisher: publisher.parse()?,
             parts,
             stack,
@@ -142,7 +136,7 @@ impl Stand {
     }
 
     async fn measure(&mut self, case: Case, events: usize, receiver: &Receiver) -> Result<Run> {
-        self.write_what_is_dirty().await?;
+        write_what_is_dirty(&mut self.stack).await?;
         let tally = receiver.expect(events, case.fan_out());
         let since = uuid_floor(SystemClock.now());
         let work = match (case, &self.parts) {
@@ -162,7 +156,7 @@ impl Stand {
 
         match (case, &self.parts) {
             (Case::Parts, Some(parts)) => parts.clear(events).await?,
-            _ => self.settle(since, &tally).await?,
+            _ => settle(&self.stack, &self.pool, since, tally.deliveries()).await?,
         }
         let mut processor = cost::between(&before, &after);
         processor.push((if case == Case::Parts { PARTS } else { LOAD }, done.processor));
@@ -182,13 +176,13 @@ impl Stand {
         events: usize,
         receiver: &Receiver,
     ) -> Result<Vec<Duration>> {
-        self.write_what_is_dirty().await?;
+        write_what_is_dirty(&mut self.stack).await?;
         let tally = receiver.expect(events, 1);
         let since = uuid_floor(SystemClock.now());
         let plan = self.plan(Case::Single1, tally.first(), events, Pace::Every(period));
         let work = load::prepare(plan, Arc::clone(&tally)).await?;
         let (done, _) = tokio::try_join!(work.run(), tally.complete())?;
-        self.settle(since, &tally).await?;
+        settle(&self.stack, &self.pool, since, tally.deliveries()).await?;
         let due = std::iter::successors(Some(done.begun), |due: &Instant| Some(*due + period));
         let took =
             tally.arrivals().flatten().zip(due).map(|(arrival, due)| arrival.saturating_duration_since(due));
@@ -206,7 +200,7 @@ impl Stand {
         let single = case == Case::Single1;
         Plan {
             address: self.publisher,
-            key: self.key.clone(),
+            keys: Arc::clone(&self.keys),
             event_type: if case == Case::Batch10 { TEN } else { ONE },
             first,
             events,
@@ -215,49 +209,4 @@ impl Stand {
             pace,
         }
     }
-
-    /// So that no run pays for what one before it has written.
-    async fn write_what_is_dirty(&mut self) -> Result<()> {
-        let mut superuser = PgConnection::connect(&self.stack.postgres().superuser_url("postgres")).await?;
-        sqlx::query("CHECKPOINT").execute(&mut superuser).await.context("write what is dirty")?;
-        superuser.close().await?;
-        Ok(())
-    }
-
-    /// Waits until history has every delivery since then, and makes sure that none of them failed.
-    async fn settle(&self, since: Uuid, tally: &Tally) -> Result<()> {
-        let wanted = i64::try_from(tally.deliveries())?;
-        let other = poll("history to have every delivery", SETTLED, async || {
-            let attempts: Result<(i64, i64), _> = sqlx::query_as(
-                "SELECT count(*) FILTER (WHERE outcome = 'delivered'), count(*) FILTER (WHERE outcome <> 'delivered')
-                 FROM delivery_attempts WHERE event_uid >= $1",
-            )
-            .bind(since)
-            .fetch_one(&self.pool)
-            .await;
-            match attempts {
-                Ok((delivered, other)) if delivered >= wanted => Ok(other),
-                Ok((delivered, _)) => Err(format!("{delivered} of {wanted}")),
-                Err(failed) => Err(failed.to_string()),
-            }
-        })
-        .await?;
-        ensure!(other == 0, "{other} attempts did not deliver");
-        poll("the queue to be empty", SETTLED, async || match self.stack.undelivered().await {
-            Ok(0) => Ok(()),
-            Ok(left) => Err(format!("{left} are left")),
-            Err(failed) => Err(format!("{failed:#}")),
-        })
-        .await?;
-        let dead: i64 = sqlx::query_scalar("SELECT count(*) FROM delivery_states WHERE state = 'dead'")
-            .fetch_one(&self.pool)
-            .await?;
-        ensure!(dead == 0, "{dead} deliveries are dead");
-        Ok(())
-    }
-}
-
-fn each(reading: Reading, deliveries: usize) -> Vec<(&'static str, f64)> {
-    let each = |time: Duration| time.as_secs_f64() * 1e6 / deliveries as f64;
-    reading.into_iter().map(|(name, time)| (name, each(time))).collect()
 }

@@ -87,3 +87,9 @@ pub(super) fn between(before: &Reading, after: &Reading) -> Reading {
         .map(|((name, before), (_, after))| (*name, after.saturating_sub(*before)))
         .collect()
 }
+
+/// The time of each of so many things, µs.
+pub(super) fn each(reading: Reading, things: usize) -> Vec<(&'static str, f64)> {
+    let each = |time: Duration| time.as_secs_f64() * 1e6 / things as f64;
+    reading.into_iter().map(|(name, time)| (name, each(time))).collect()
+}

@@ -39,8 +39,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct Plan {
     /// Where a publisher listens.
     pub(super) address: SocketAddr,
-    /// A key that may publish.
-    pub(super) key: String,
+    /// The keys that publish, of one organization or of many; requests bear them in turn.
+    pub(super) keys: Arc<[String]>,
     pub(super) event_type: &'static str,
     /// The number of the first event.
     pub(super) first: u64,
@@ -57,6 +57,8 @@ pub(super) struct Plan {
 pub(super) enum Pace {
     /// As soon as one before it is answered, and the deliveries follow.
     Closed,
+    /// As soon as one before it is answered; the deliveries may wait.
+    Queueing,
     /// So long after the one before it, whatever has become of that.
     Every(Duration),
 }
@@ -89,6 +91,12 @@ pub(super) fn write_payload(body: &mut Vec<u8>, number: u64) {
 impl Plan {
     fn requests(&self) -> usize {
         self.events.div_ceil(self.batch)
+    }
+
+    /// The credential of one of the requests.
+    fn authorization(&self, request: usize) -> Result<HeaderValue> {
+        let key = self.keys.get(request % self.keys.len().max(1)).context("nobody has a key")?;
+        Ok(HeaderValue::try_from(format!("Bearer {key}"))?)
     }
 
     /// The body of one of the requests.
@@ -133,7 +141,8 @@ async fn publish(plan: Plan, tally: &Tally, connections: Vec<Connection>, begun:
     drop(due);
     let telling = async {
         match plan.pace {
-            Pace::Closed => tell_closed(&plan, tally, tell).await,
+            Pace::Closed => tell_closed(&plan, Some(tally), tell).await,
+            Pace::Queueing => tell_closed(&plan, None, tell).await,
             Pace::Every(period) => tell_every(period, plan.requests(), begun, tell),
         }
     };
@@ -148,9 +157,11 @@ async fn publish(plan: Plan, tally: &Tally, connections: Vec<Connection>, begun:
     Ok(refused)
 }
 
-async fn tell_closed(plan: &Plan, tally: &Tally, tell: Sender<usize>) -> Result<()> {
+async fn tell_closed(plan: &Plan, follow: Option<&Tally>, tell: Sender<usize>) -> Result<()> {
     for request in 0..plan.requests() {
-        tally.room(request * plan.batch).await?;
+        if let Some(tally) = follow {
+            tally.room(request * plan.batch).await?;
+        }
         // Those who would hear it have failed, and say why themselves.
         if tell.send(request).await.is_err() {
             break;
@@ -182,13 +193,13 @@ async fn send_due(
     plan: Arc<Plan>,
     due: Arc<Mutex<Receiver<usize>>>,
 ) -> Result<usize> {
-    let authorization = HeaderValue::try_from(format!("Bearer {}", plan.key))?;
     let host = HeaderValue::try_from(plan.address.to_string())?;
     let mut refused = 0;
     loop {
         let next = due.lock().await.recv().await;
         let Some(request) = next else { return Ok(refused) };
         let body = plan.body(request);
+        let authorization = plan.authorization(request)?;
         loop {
             let request = Request::post("/v1/events")
                 .header(HOST, &host)
@@ -227,7 +238,7 @@ mod tests {
     fn plan(events: usize, batch: usize) -> Plan {
         Plan {
             address: ([127, 0, 0, 1], 1).into(),
-            key: "key".to_owned(),
+            keys: ["key".to_owned(), "other".to_owned()].into(),
             event_type: "bench.one",
             first: 98,
             events,
@@ -257,5 +268,13 @@ mod tests {
         let plan = plan(2, 1);
         let event: Value = serde_json::from_slice(&plan.body(1)).unwrap();
         assert_eq!(event["data"]["n"], 99);
+    }
+
+    #[test]
+    fn the_keys_take_turns() {
+        let plan = plan(7, 3);
+        let borne: Vec<HeaderValue> =
+            (0..plan.requests()).map(|request| plan.authorization(request).unwrap()).collect();
+        assert_eq!(borne, ["Bearer key", "Bearer other", "Bearer key"]);
     }
 }
