@@ -26,7 +26,8 @@ fn main() {
 }
 
 fn payload() -> String {
-    let text = format!(r#"{{"customer":"c-1","total":1999,"lines":[{{"sku":"a","n":2}}],"note":"{:.<430}"}}"#, "");
+    let text =
+        format!(r#"{{"customer":"c-1","total":1999,"lines":[{{"sku":"a","n":2}}],"note":"{:.<430}"}}"#, "");
     assert!(text.len().abs_diff(PAYLOAD) < 20);
     text
 }
@@ -77,9 +78,9 @@ fn reading_a_stored_event_for_binary_mode(bencher: Bencher<'_, '_>) {
 fn signing(bencher: Bencher<'_, '_>, bytes: usize) {
     let secret = SigningSecret::generate(&mut rand::rng());
     let body = vec![b'x'; bytes];
-    bencher
-        .counter(BytesCount::new(bytes))
-        .bench_local(|| sign([&secret], "0198f0c4-0000-7000-8000-000000000000", 1_800_000_000, black_box(&body)));
+    bencher.counter(BytesCount::new(bytes)).bench_local(|| {
+        sign([&secret], "0198f0c4-0000-7000-8000-000000000000", 1_800_000_000, black_box(&body))
+    });
 }
 
 /// One payload filter on a payload that is read already.
@@ -106,7 +107,8 @@ fn matching(bencher: Bencher<'_, '_>, subscriptions: u128) {
         })
         .unwrap(),
         publisher: None,
-        filter: (n % 200 == 0).then(|| PayloadFilter::parse(&format!("$[?@.customer == 'c-{}']", n + 2)).unwrap()),
+        filter: (n % 200 == 0)
+            .then(|| PayloadFilter::parse(&format!("$[?@.customer == 'c-{}']", n + 2)).unwrap()),
     });
     let (snapshot, payload) = (Snapshot::new(1, None, candidates.collect()), payload());
     let payload = RawValue::from_string(payload).unwrap();

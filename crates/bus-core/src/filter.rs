@@ -6,6 +6,7 @@ mod eval;
 mod lexer;
 mod parser;
 mod regexp;
+mod required;
 
 use std::{
     fmt,
@@ -111,6 +112,11 @@ impl PayloadFilter {
                 Continue(())
             });
         nodes
+    }
+
+    /// A string that is among the values of every payload that this filter holds for, if it asks for one.
+    pub(crate) fn required_string(&self) -> Option<&str> {
+        required::string(&self.0.query)
     }
 
     /// About how much memory the filter takes, bytes: for whoever keeps many of them within a bound.

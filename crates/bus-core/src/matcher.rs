@@ -1,6 +1,10 @@
 //! Matching: which subscriptions of an organization take an event.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    cell::OnceCell,
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use serde_json::{Value, value::RawValue};
 
@@ -39,11 +43,48 @@ pub struct Snapshot {
     pub lane: Option<u16>,
     candidates: Vec<Candidate>,
     /// Exact types; the usual case costs one look-up however many subscriptions there are.
-    exact: HashMap<Arc<str>, Vec<usize>>,
+    exact: HashMap<Arc<str>, Places>,
     /// Patterns whose first token is literal, by that token.
-    by_first: HashMap<Arc<str>, Vec<usize>>,
+    by_first: HashMap<Arc<str>, Places>,
     /// Patterns that start with a wildcard.
-    open: Vec<usize>,
+    open: Places,
+}
+
+/// Candidates of the same types, by what else they ask for. Each is in one place.
+#[derive(Debug, Default)]
+struct Places {
+    count: usize,
+    /// Those that can be told only by looking at them.
+    others: Vec<usize>,
+    /// Those that take the events of one publisher, by that.
+    by_publisher: HashMap<ConnectionId, Vec<usize>>,
+    /// Those whose filter holds only for payloads with a certain string, by that.
+    by_string: HashMap<Arc<str>, Vec<usize>>,
+}
+
+impl Places {
+    fn add(&mut self, place: usize, candidate: &Candidate) {
+        self.count += 1;
+        let required = candidate.filter.as_ref().and_then(PayloadFilter::required_string);
+        let places = match (required, candidate.publisher) {
+            (Some(string), _) => self.by_string.entry(string.into()).or_default(),
+            (None, Some(publisher)) => self.by_publisher.entry(publisher).or_default(),
+            (None, None) => &mut self.others,
+        };
+        places.push(place);
+    }
+
+    /// Those that may take an event of their types.
+    fn of<'s>(
+        &'s self,
+        publisher: Option<ConnectionId>,
+        payload: &'s Payload<'_>,
+    ) -> impl Iterator<Item = usize> + 's {
+        let by_publisher = publisher.and_then(|publisher| self.by_publisher.get(&publisher));
+        let strings = if self.by_string.is_empty() { None } else { Some(payload.strings()) };
+        let by_string = strings.into_iter().flatten().filter_map(|string| self.by_string.get(string));
+        std::iter::once(&self.others).chain(by_publisher).chain(by_string).flatten().copied()
+    }
 }
 
 /// Why a subscription does not take an event.
@@ -75,13 +116,31 @@ pub struct Subject<'a> {
 /// Parses the payload at most once, and only if a filter asks for it.
 struct Payload<'a> {
     raw: Option<&'a RawValue>,
-    parsed: Option<Option<Value>>,
+    parsed: OnceCell<Option<Value>>,
 }
 
-impl Payload<'_> {
-    fn value(&mut self) -> Option<&Value> {
-        let raw = self.raw;
-        self.parsed.get_or_insert_with(|| raw.and_then(|raw| serde_json::from_str(raw.get()).ok())).as_ref()
+impl<'a> Payload<'a> {
+    fn new(raw: Option<&'a RawValue>) -> Self {
+        Self { raw, parsed: OnceCell::new() }
+    }
+
+    fn value(&self) -> Option<&Value> {
+        self.parsed.get_or_init(|| self.raw.and_then(|raw| serde_json::from_str(raw.get()).ok())).as_ref()
+    }
+
+    /// Each string among its values.
+    fn strings(&self) -> HashSet<&str> {
+        let mut strings = HashSet::new();
+        let mut left: Vec<&Value> = self.value().into_iter().collect();
+        while let Some(value) = left.pop() {
+            match value {
+                Value::String(string) => drop(strings.insert(string.as_str())),
+                Value::Array(values) => left.extend(values),
+                Value::Object(members) => left.extend(members.values()),
+                Value::Null | Value::Bool(_) | Value::Number(_) => {}
+            }
+        }
+        strings
     }
 }
 
@@ -91,13 +150,12 @@ impl Snapshot {
         let mut snapshot = Self { version, lane, ..Self::default() };
         for (index, candidate) in candidates.iter().enumerate() {
             let pattern = &candidate.event_type;
-            match pattern.first_token() {
-                _ if pattern.is_exact() => {
-                    snapshot.exact.entry(pattern.as_str().into()).or_default().push(index);
-                }
-                Some(first) => snapshot.by_first.entry(first.into()).or_default().push(index),
-                None => snapshot.open.push(index),
-            }
+            let places = match pattern.first_token() {
+                _ if pattern.is_exact() => snapshot.exact.entry(pattern.as_str().into()).or_default(),
+                Some(first) => snapshot.by_first.entry(first.into()).or_default(),
+                None => &mut snapshot.open,
+            };
+            places.add(index, candidate);
         }
         snapshot.candidates = candidates;
         snapshot
@@ -105,12 +163,12 @@ impl Snapshot {
 
     /// The subscriptions that take the event, ordered by id.
     pub fn matching(&self, subject: Subject<'_>) -> Vec<&Candidate> {
-        let mut payload = Payload { raw: subject.payload, parsed: None };
+        let payload = Payload::new(subject.payload);
         let mut matching: Vec<_> = self
             .indexed(subject.event_type)
-            .flatten()
-            .map(|index| &self.candidates[*index])
-            .filter(|candidate| mismatch(candidate, subject, &mut payload).is_none())
+            .flat_map(|places| places.of(subject.publisher, &payload))
+            .map(|index| &self.candidates[index])
+            .filter(|candidate| mismatch(candidate, subject, &payload).is_none())
             .collect();
         matching.sort_unstable_by_key(|candidate| candidate.subscription);
         matching
@@ -118,11 +176,8 @@ impl Snapshot {
 
     /// Every subscription with the reason why it does not take the event, or none if it does.
     pub fn explain(&self, subject: Subject<'_>) -> Vec<(&Candidate, Option<Mismatch>)> {
-        let mut payload = Payload { raw: subject.payload, parsed: None };
-        self.candidates
-            .iter()
-            .map(|candidate| (candidate, mismatch(candidate, subject, &mut payload)))
-            .collect()
+        let payload = Payload::new(subject.payload);
+        self.candidates.iter().map(|candidate| (candidate, mismatch(candidate, subject, &payload))).collect()
     }
 
     /// The subscription of that id.
@@ -130,13 +185,13 @@ impl Snapshot {
         self.candidates.iter().find(|candidate| candidate.subscription == id)
     }
 
-    /// How many subscriptions [`matching`](Self::matching) looks at for an event of that type.
+    /// How many subscriptions [`matching`](Self::matching) looks at for an event of that type, at most.
     pub fn candidates(&self, event_type: &str) -> usize {
-        self.indexed(event_type).map(Vec::len).sum()
+        self.indexed(event_type).map(|places| places.count).sum()
     }
 
     /// What the indexes lead to: everything that may take an event of that type.
-    fn indexed<'s>(&'s self, event_type: &str) -> impl Iterator<Item = &'s Vec<usize>> + use<'s> {
+    fn indexed<'s>(&'s self, event_type: &str) -> impl Iterator<Item = &'s Places> + use<'s> {
         let first = event_type.split('.').next().unwrap_or_default();
         [self.exact.get(event_type), self.by_first.get(first), Some(&self.open)].into_iter().flatten()
     }
@@ -152,7 +207,7 @@ impl Snapshot {
     }
 }
 
-fn mismatch(candidate: &Candidate, subject: Subject<'_>, payload: &mut Payload<'_>) -> Option<Mismatch> {
+fn mismatch(candidate: &Candidate, subject: Subject<'_>, payload: &Payload<'_>) -> Option<Mismatch> {
     if !candidate.enabled {
         return Some(Mismatch::Disabled);
     }
@@ -171,9 +226,90 @@ fn mismatch(candidate: &Candidate, subject: Subject<'_>, payload: &mut Payload<'
 
 #[cfg(test)]
 mod tests {
+    use proptest::{prelude::*, sample::select};
     use uuid::Uuid;
 
     use super::*;
+
+    /// Those that name a string that is required, those that only seem to, and those that name none.
+    const FILTERS: [&str; 16] = [
+        "$[?@.a == 'x']",
+        "$[?'y' == @.a]",
+        "$[?@.a == 'x' && @.b == 1]",
+        "$[?@.b == 1 && (@.a == 'y' && @.c)]",
+        "$[?$.b == 'x']",
+        "$..[?@.a == 'x']",
+        "$.a[?@ == 'x'].b",
+        "$[?value(@..a) == 'x']",
+        "$[?@.a == 'x' || @.b == 1]",
+        "$[?@.a != 'x']",
+        "$[?!(@.a == 'x')]",
+        "$[?@.a == 'x', ?@.b == 1]",
+        "$[?'x' == 'x']",
+        "$[?length(@.a) == 'x']",
+        "$[?@.a == 1]",
+        "$.a",
+    ];
+
+    fn any_candidate() -> impl Strategy<Value = (&'static str, Option<u128>, Option<&'static str>)> {
+        let pattern = select(&["t.a", "t.b", "t.*", "*.a", ">"][..]);
+        (pattern, prop::option::of(0..2_u128), prop::option::of(select(&FILTERS[..])))
+    }
+
+    fn any_payload() -> impl Strategy<Value = Value> {
+        let leaf = select(&["\"x\"", "\"y\"", "1", "null"][..])
+            .prop_map(|json| serde_json::from_str(json).expect("JSON"));
+        leaf.prop_recursive(4, 24, 4, |inner| {
+            let members = prop::collection::btree_map(
+                select(&["a", "b", "c"][..]).prop_map(str::to_owned),
+                inner.clone(),
+                0..4,
+            );
+            prop_oneof![
+                prop::collection::vec(inner, 0..4).prop_map(Value::Array),
+                members.prop_map(|members| Value::Object(members.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_looked_up_is_what_would_match_if_all_were_looked_at(
+            candidates in prop::collection::vec(any_candidate(), 0..40),
+            payload in prop::option::of(any_payload()),
+            publisher in prop::option::of(0..2_u128),
+        ) {
+            let publisher_of = |publisher: Option<u128>| publisher.map(|n| ConnectionId(Uuid::from_u128(n)));
+            let candidates = candidates.into_iter().enumerate().map(|(n, (pattern, publisher, filter))| Candidate {
+                subscription: SubscriptionId(Uuid::from_u128(n as u128)),
+                connection: ConnectionId(Uuid::nil()),
+                connection_version: 1,
+                enabled: n % 7 != 6,
+                event_type: TypePattern::parse(pattern).expect("a pattern"),
+                publisher: publisher_of(publisher),
+                filter: filter.map(|filter| PayloadFilter::parse(filter).expect("a filter")),
+            });
+            let snapshot = Snapshot::new(1, None, candidates.collect());
+            let payload = payload.map(|value| serde_json::value::to_raw_value(&value).expect("JSON"));
+            let subject =
+                Subject { event_type: "t.a", publisher: publisher_of(publisher), payload: payload.as_deref() };
+            let all = snapshot.explain(subject).into_iter().filter(|(_, mismatch)| mismatch.is_none());
+            let all: Vec<_> = all.map(|(candidate, _)| candidate.subscription).collect();
+            let found: Vec<_> =
+                snapshot.matching(subject).into_iter().map(|candidate| candidate.subscription).collect();
+            prop_assert_eq!(found, all);
+        }
+    }
+
+    #[test]
+    fn a_filter_that_asks_for_a_string_is_evaluated_only_where_that_is() {
+        for (filter, required) in
+            FILTERS.iter().zip(["x", "y", "x", "y", "x", "x", "x", "x", "", "", "", "", "", "", "", ""])
+        {
+            let parsed = PayloadFilter::parse(filter).expect("a filter");
+            assert_eq!(parsed.required_string().unwrap_or_default(), required, "{filter}");
+        }
+    }
 
     #[test]
     fn only_what_the_index_leads_to_is_counted() {

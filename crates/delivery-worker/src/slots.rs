@@ -60,8 +60,9 @@ impl Slot {
 
 impl Usage {
     /// Whether a connection that holds `held` slots may take so many more: no more than it holds are free then (Choudhury
-    /// and Hahne's dynamic threshold with α = 1). So one alone gets half of the lane, and n of them leave 1/(n+1) of
-    /// it to others. One that holds none always may.
+    /// and Hahne's dynamic threshold with α = 1). So one alone gets half of the lane, and n of them that take theirs in turns
+    /// leave 1/(n+1) of it to others; each that comes after another has taken all it may gets half of what is left.
+    /// One that holds none always may.
     pub(crate) fn has_room(&self, held: usize, more: usize) -> bool {
         held <= self.all.saturating_sub(self.taken.load(Ordering::Relaxed)).saturating_sub(more)
     }
