@@ -101,7 +101,14 @@ async fn by_lane(stack: &Stack, tenant: &Tenant) -> BTreeMap<u16, usize> {
 
 async fn set_lane(stack: &mut Stack, tenant: &Tenant, lane: Value) -> Option<u16> {
     let path = format!("/v1/admin/organizations/{}/lane", tenant.organization);
-    let reply = stack.admin(0).unwrap().put(&path, &json!({ "lane": lane })).await.unwrap().expect(200);
+    let admin = stack.admin(0).unwrap();
+    let body = json!({ "lane": lane });
+    let reply = wait_until("the lane to be set", ARRIVAL, || async {
+        let reply = admin.put(&path, &body).await.unwrap();
+        // The database broke it off for another transaction's sake, or has no connection free: to be asked again.
+        if reply.status == 503 { Err(reply.body) } else { Ok(reply.expect(200)) }
+    })
+    .await;
     reply.body["lane"].as_u64().map(|lane| lane.try_into().unwrap())
 }
 

@@ -18,7 +18,7 @@ const LOOK: Duration = Duration::from_millis(200);
 pub struct Drained {
     /// Deliveries that are in the other queue by now.
     pub moved: u64,
-    /// Deliveries that are left, as far as was counted last.
+    /// Deliveries that are left, as far as was counted last; several in one message count as one.
     pub left: u64,
 }
 
